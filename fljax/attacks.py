@@ -1,0 +1,236 @@
+"""What malicious clients do: three pure hooks, identity by default.
+
+On the data before training, on the stacked updates of a round, and on the
+reports that clients send to the defence. An attack never sees a defence's
+inside, and no aggregator or defence imports this module.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fljax import federation as federations
+from fljax import models
+
+Array = jax.Array
+Federation = federations.Federation
+Params = models.Params
+
+
+class DataHook(Protocol):
+  """Changes the attackers' training data, once, before training."""
+
+  def __call__(self, federation: Federation, key: Array) -> Federation:
+    """Args: the federation and a random key. Returns: the poisoned one."""
+
+
+class UpdateHook(Protocol):
+  """Changes the updates that attackers send in a round."""
+
+  def __call__(
+    self, updates: Params, cohort: Federation, active: Array
+  ) -> Params:
+    """Changes the attackers' rows.
+
+    Args:
+      updates: each leaf [cohort, ...], local model minus global model.
+      cohort: the round's clients.
+      active: bool [cohort], who attacks in this round.
+
+    Returns:
+      The updates as the server receives them.
+    """
+
+
+class ReportHook(Protocol):
+  """Changes what attackers report to the defence."""
+
+  def __call__(
+    self, values: Array, federation: Federation, *, kind: str
+  ) -> Array:
+    """Changes the attackers' rows.
+
+    Args:
+      values: [clients, ...], the honest report: "activations" [clients,
+        neurons], the means from which a client derives its ranks or votes; or
+        "accuracies" [clients, steps], of the model at each pruning step.
+      federation: all clients.
+      kind: "activations" or "accuracies".
+
+    Returns:
+      The report as the server receives it.
+    """
+
+
+def _same_data(federation: Federation, key: Array) -> Federation:
+  del key
+  return federation
+
+
+def _same_updates(updates: Params, cohort: Federation, active: Array) -> Params:
+  del cohort, active
+  return updates
+
+
+def _same_report(values: Array, federation: Federation, *, kind: str) -> Array:
+  del federation, kind
+  return values
+
+
+class Attack(NamedTuple):
+  """The three hooks."""
+
+  data: DataHook = _same_data
+  updates: UpdateHook = _same_updates
+  report: ReportHook = _same_report
+
+
+def chain(*attacks: Attack) -> Attack:
+  """Applies attacks one after another, hook by hook."""
+
+  def data(federation: Federation, key: Array) -> Federation:
+    for index, attack in enumerate(attacks):
+      federation = attack.data(federation, jax.random.fold_in(key, index))
+    return federation
+
+  def updates(updates: Params, cohort: Federation, active: Array) -> Params:
+    for attack in attacks:
+      updates = attack.updates(updates, cohort, active)
+    return updates
+
+  def report(values: Array, federation: Federation, *, kind: str) -> Array:
+    for attack in attacks:
+      values = attack.report(values, federation, kind=kind)
+    return values
+
+  return Attack(data, updates, report)
+
+
+def backdoor(
+  *, victim_label: int, target_label: int, fraction: float
+) -> Attack:
+  """Attackers train on originals and on backdoored versions of them.
+
+  Every client keeps its number of samples n_i (Section III-A: otherwise an
+  attacker could overwhelm the others by numbers). So a share of an attacker's
+  samples, chosen at random, gives way to backdoored versions of the victim
+  images that it keeps: each kept victim image is used about equally often.
+  The versions carry the target label and are stamped in the training step
+  with the attacker's own piece of the trigger. With K labels and a share of
+  1/(K + 1), every kept victim image has one backdoored version.
+
+  Args:
+    victim_label: whose images are backdoored (VL).
+    target_label: what they shall be taken for (AL).
+    fraction: share of an attacker's samples that are backdoored, in (0, 1).
+
+  Returns:
+    An attack on the data.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section III-B; BadNets (Gu, Dolan-Gavitt, Garg).
+  """
+
+  def poison(client: Federation, key: Array) -> Federation:
+    samples = client.mask.shape[0]
+    scores = jnp.where(client.mask, jax.random.uniform(key, (samples,)), 2.0)
+    place = jnp.argsort(jnp.argsort(scores))
+    count = jnp.round(fraction * client.mask.sum()).astype(jnp.int32)
+    gives_way = client.attacker & client.mask & (place < count)
+    kept_victim = client.mask & ~gives_way & (client.labels == victim_label)
+    # Without a victim image among those kept there is nothing to poison.
+    gives_way &= kept_victim.any()
+    victims = jnp.argsort(~kept_victim, stable=True)
+    source = victims[place % jnp.maximum(kept_victim.sum(), 1)]
+    source = jnp.where(gives_way, source, jnp.arange(samples))
+    return client.replace(
+      images=client.images[source],
+      labels=jnp.where(gives_way, target_label, client.labels),
+      poisoned=client.poisoned | gives_way,
+    )
+
+  def data(federation: Federation, key: Array) -> Federation:
+    keys = jax.vmap(lambda client: jax.random.fold_in(key, client))(
+      federation.ids
+    )
+    return jax.vmap(poison)(federation, keys)
+
+  return Attack(data=data)
+
+
+def model_replacement(gamma: float) -> Attack:
+  """Attackers amplify their update by γ to survive the average.
+
+  x_m = γ·(x_atk − ω) + ω. With N participants of equal weight and server rate
+  η, γ = N/η replaces the global model by the attacker's, up to the others'
+  updates.
+
+  Args:
+    gamma: γ, from 1 (no amplification) to N/η.
+
+  Returns:
+    An attack on the updates; it sets the attackers' `scale`.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section III-C; How to Backdoor Federated Learning
+    (Bagdasaryan et al.), Section 3.
+  """
+
+  def data(federation: Federation, key: Array) -> Federation:
+    del key
+    scale = jnp.where(federation.attacker, gamma, federation.scale)
+    return federation.replace(scale=scale.astype(jnp.float32))
+
+  def updates(updates: Params, cohort: Federation, active: Array) -> Params:
+    scale = jnp.where(active, cohort.scale, 1.0)
+    return jax.tree.map(
+      lambda leaf: (
+        leaf * scale.reshape((-1,) + (1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+      ),
+      updates,
+    )
+
+  return Attack(data=data, updates=updates)
+
+
+def false_accuracies(*, stop_pruning: bool) -> Attack:
+  """Attackers lie where clients report accuracies to choose the pruning.
+
+  Args:
+    stop_pruning: True reports total failure from the first pruned neuron on,
+      to keep the backdoor neurons; False reports perfect accuracy throughout,
+      to have the model pruned to ruin.
+
+  Returns:
+    An attack on the reported accuracies.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-A ("attackers hiding among the clients can
+    return manipulated updates").
+  """
+
+  def report(values: Array, federation: Federation, *, kind: str) -> Array:
+    if kind != "accuracies":
+      return values
+    lie = jnp.ones_like(values)
+    if stop_pruning:
+      lie = lie.at[:, 1:].set(0)
+    return jnp.where(federation.attacker[:, jnp.newaxis], lie, values)
+
+  return Attack(report=report)
+
+
+# What attackers add to the backdoor itself when they report: the values of
+# --attacker_reports.
+REPORTS = {
+  "honest": Attack(),
+  "stop_pruning": false_accuracies(stop_pruning=True),
+  "ruin_model": false_accuracies(stop_pruning=False),
+}

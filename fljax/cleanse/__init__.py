@@ -1,0 +1,7 @@
+"""Cleansing a trained global model: a chain of pure transforms.
+
+statistics (`reports`) -> scores -> order -> mask (`pruning`) -> params;
+`selection` chooses how far to go, `weights` zeroes extreme weights, and
+`pipeline` puts the steps together for one model. Nothing here knows what
+attack was run.
+"""

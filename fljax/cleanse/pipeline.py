@@ -1,0 +1,301 @@
+"""The phases of cleansing, each callable alone on a user's own parameters.
+
+    pruned = prune(model, params, means, on_validation, ...)
+    adjusted = adjust(model, pruned.params, pruned.neuron_mask, ...)
+
+Fine-tuning, the phase between them, is federated training with the mask in
+the server's state: see `rounds`.
+
+How far to go is decided by accuracies, and where those come from is a
+function that the caller passes: `validation_curves` for a server with images
+of its own, `reported_curves` for one that has to ask the clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fljax import evaluate
+from fljax import federation as federations
+from fljax import models
+from fljax.cleanse import pruning
+from fljax.cleanse import selection
+from fljax.cleanse import weights
+
+Array = jax.Array
+
+
+PruningAccuracies = Callable[[models.Params, Array], Iterable[float]]
+DeltaAccuracies = Callable[
+  [models.Params, Array, Array, np.ndarray], Iterable[float]
+]
+
+
+class Curves(NamedTuple):
+  """Where accuracies come from.
+
+  Attributes:
+    pruning: (params, order) -> accuracies [neurons + 1] along the order.
+    delta: (params, μ, σ, deltas) -> accuracies [steps]; may be lazy, the
+      search takes no more than it needs.
+  """
+
+  pruning: PruningAccuracies
+  delta: DeltaAccuracies
+
+
+def validation_curves(
+  model: models.Model, validation: evaluate.Examples
+) -> Curves:
+  """Accuracies on the server's own validation images.
+
+  Args:
+    model: the network.
+    validation: nobody's training data, and no test data.
+
+  Returns:
+    The curves.
+  """
+
+  def along_order(params: models.Params, order: Array) -> np.ndarray:
+    return np.asarray(
+      pruning.pruning_curve(model, params, order, validation), np.float64
+    )
+
+  def along_deltas(
+    params: models.Params, mean: Array, std: Array, deltas: np.ndarray
+  ) -> Iterator[float]:
+    return delta_accuracies(
+      model, params, validation, mean=mean, std=std, deltas=deltas
+    )
+
+  return Curves(along_order, along_deltas)
+
+
+def reported_curves(
+  model: models.Model,
+  federation: federations.Federation,
+  *,
+  trim: float,
+  report: Callable[[Array], Array] = lambda values: values,
+) -> Curves:
+  """Accuracies that clients report, for a server without validation images.
+
+  Args:
+    model: the network.
+    federation: all clients; each measures on its own training data.
+    trim: share of clients left out on each side, see
+      `selection.trimmed_mean`.
+    report: what becomes of the honest reports [clients, steps] on their way
+      to the server.
+
+  Returns:
+    The curves.
+  """
+
+  def along_order(params: models.Params, order: Array) -> np.ndarray:
+    honest = pruning.client_curves(model, params, order, federation)
+    return selection.trimmed_mean(np.asarray(report(honest)), trim)
+
+  def along_deltas(
+    params: models.Params, mean: Array, std: Array, deltas: np.ndarray
+  ) -> np.ndarray:
+    honest = weights.client_curves(
+      model,
+      params,
+      mean,
+      std,
+      jnp.asarray(deltas, jnp.float32),
+      federation,
+    )
+    return selection.trimmed_mean(np.asarray(report(honest)), trim)
+
+  return Curves(along_order, along_deltas)
+
+
+class Pruned(NamedTuple):
+  """Outcome of federated pruning.
+
+  Attributes:
+    params: the pruned model.
+    neuron_mask: bool [neurons], True for neurons that stay.
+    order: int [neurons], the pruning sequence.
+    accuracies: float [neurons + 1], what the choice was based on.
+    num_pruned: how many neurons were pruned.
+  """
+
+  params: models.Params
+  neuron_mask: Array
+  order: np.ndarray
+  accuracies: np.ndarray
+  num_pruned: int
+
+
+def prune(
+  model: models.Model,
+  params: models.Params,
+  means: Array,
+  accuracies: PruningAccuracies,
+  *,
+  method: str = "mvp",
+  rate: float = 0.5,
+  max_drop: float = 0.01,
+) -> Pruned:
+  """Prunes as many neurons as the accuracy allows.
+
+  Args:
+    model: the network.
+    params: the trained global model.
+    means: [clients, neurons], each client's `reports.client_activations`; the
+      server only ever sees the ranks or votes made of them.
+    accuracies: see `Curves`.
+    method: "rap" or "mvp".
+    rate: p, the share of neurons that each client votes to prune (MVP).
+    max_drop: the floor lies this far below the unpruned model's accuracy.
+
+  Returns:
+    The pruned model and how it came about.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
+  """
+  order = pruning.pruning_order(pruning.SCORES[method](means, rate))
+  curve = np.asarray(accuracies(params, order), np.float64)
+  count = selection.last_above(curve, curve[0] - max_drop)
+  mask = pruning.mask_without_first(order, count)
+  return Pruned(
+    params=models.mask_neurons(model, params, mask),
+    neuron_mask=mask,
+    order=np.asarray(order),
+    accuracies=curve,
+    num_pruned=count,
+  )
+
+
+class Adjusted(NamedTuple):
+  """Outcome of adjusting extreme weights.
+
+  Attributes:
+    params: the adjusted model.
+    delta: the Δ that was kept; infinity if even the first step fell below
+      the floor.
+    zeroed: how many weights became zero.
+    deltas: float [steps], the thresholds tried, infinity (no change) first;
+      the last one fell below the floor, unless the search ran out of them.
+    accuracies: float [steps], what the choice was based on.
+    mean: μ.
+    std: σ.
+  """
+
+  params: models.Params
+  delta: float
+  zeroed: int
+  deltas: np.ndarray
+  accuracies: np.ndarray
+  mean: float
+  std: float
+
+
+def adjust(
+  model: models.Model,
+  params: models.Params,
+  neuron_mask: Array,
+  accuracies: DeltaAccuracies,
+  *,
+  start: float,
+  step: float,
+  max_drop: float = 0.01,
+  statistics_over: str = "surviving",
+) -> Adjusted:
+  """Zeroes extreme weights with Δ falling until the accuracy would suffer.
+
+  μ and σ are those of the kernel as it comes in, and stay fixed.
+
+  Args:
+    model: the network.
+    params: the model to adjust.
+    neuron_mask: bool [neurons], False for pruned neurons.
+    accuracies: see `Curves`.
+    start: the first Δ.
+    step: ε, by which Δ falls.
+    max_drop: the floor lies this far below the accuracy of `params`.
+    statistics_over: see `weights.statistics`.
+
+  Returns:
+    The adjusted model and how it came about.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-C and Algorithm 1, "Adjusting Weights".
+  """
+  kernel = models.target_kernel(model, params)
+  mean, std = weights.statistics(kernel, neuron_mask, statistics_over)
+  tried = [np.inf, *weights.delta_steps(start, step)]
+  measured: list[float] = []
+  for accuracy in accuracies(params, mean, std, np.asarray(tried)):
+    measured.append(float(accuracy))
+    if not accuracy >= measured[0] - max_drop:
+      break
+  kept = selection.last_above(np.asarray(measured), measured[0] - max_drop)
+  adjusted = weights.zero_extremes(kernel, mean, std, tried[kept])
+  return Adjusted(
+    params=models.with_target_kernel(model, params, adjusted),
+    delta=float(tried[kept]),
+    zeroed=count_zeroed(kernel, adjusted),
+    deltas=np.asarray(tried[: len(measured)]),
+    accuracies=np.asarray(measured),
+    mean=float(mean),
+    std=float(std),
+  )
+
+
+def count_zeroed(before: Array, after: Array) -> int:
+  """How many weights of a kernel an adjustment turned to zero."""
+  return int(((before != 0) & (after == 0)).sum())
+
+
+def delta_accuracies(
+  model: models.Model,
+  params: models.Params,
+  examples: evaluate.Examples,
+  *,
+  mean: Array | float,
+  std: Array | float,
+  deltas: np.ndarray,
+) -> Iterator[float]:
+  """Yields the accuracy at each Δ, computed only when asked for.
+
+  The stem is computed once, and a Δ that zeroes no further weight costs
+  nothing.
+
+  Args:
+    model: the network.
+    params: the model to adjust.
+    examples: what accuracy is measured on.
+    mean: μ.
+    std: σ.
+    deltas: float [steps], decreasing.
+
+  Yields:
+    One accuracy per Δ.
+  """
+  kernel = models.target_kernel(model, params)
+  cached = weights.cache_stem(model, params, examples)
+  zeroed, accuracy = -1, float("nan")
+  for delta in deltas:
+    adjusted = weights.zero_extremes(kernel, mean, std, float(delta))
+    count = count_zeroed(kernel, adjusted)
+    if count != zeroed:
+      zeroed = count
+      accuracy = float(
+        weights.accuracy_from_stem(model, params, adjusted, cached)
+      )
+    yield accuracy

@@ -1,0 +1,94 @@
+"""What each client measures on its own training data.
+
+Clients keep their data; the server sees the ranks, votes or accuracies that
+are made of these means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from fljax import federation as federations
+from fljax import models
+from fljax import triggers
+
+Array = jax.Array
+
+
+def client_mean(
+  total: Callable[[Array, Array, Array], Array],
+  federation: federations.Federation,
+  *,
+  batch_size: int = 100,
+) -> Array:
+  """Averages something over every client's training samples.
+
+  Args:
+    total: (images [batch, height, width, channels], labels [batch], mask
+      [batch]) -> the sum of it over the samples that count, any shape.
+    federation: all clients. An attacker's samples include its backdoored
+      ones, stamped.
+    batch_size: samples per step.
+
+  Returns:
+    float32 [clients, ...].
+  """
+  samples = federation.mask.shape[1]
+  batch_size = min(batch_size, samples)
+  starts = jnp.arange(0, samples, batch_size)
+
+  def one_client(client: federations.Federation) -> Array:
+    def one_batch(start: Array) -> Array:
+      indices = start + jnp.arange(batch_size)
+      inside = indices < samples
+      indices = jnp.minimum(indices, samples - 1)
+      images = client.images[indices]
+      poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
+      stamped = triggers.stamp(images, client.trigger)
+      images = jnp.where(poisoned, stamped, images)
+      return total(
+        images, client.labels[indices], inside & client.mask[indices]
+      )
+
+    sums = lax.map(one_batch, starts).sum(axis=0)
+    return sums / jnp.maximum(client.mask.sum(), 1)
+
+  return lax.map(one_client, federation)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def client_activations(
+  model: models.Model,
+  params: models.Params,
+  federation: federations.Federation,
+) -> Array:
+  """Each client's mean activation of every neuron.
+
+  a_i = (1/n)·Σ_j a_{i,j} over the client's n training samples, and over the
+  channel's positions, after the ReLU.
+
+  Args:
+    model: the network.
+    params: the global model.
+    federation: all clients.
+
+  Returns:
+    float32 [clients, neurons].
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-A, equation of a_i.
+  """
+
+  def total(images: Array, labels: Array, mask: Array) -> Array:
+    del labels
+    active = model.activations(params, model.stem(params, images))
+    means = active.reshape(len(images), -1, model.neurons).mean(axis=1)
+    return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
+
+  return client_mean(total, federation)

@@ -1,0 +1,179 @@
+"""Adjusting extreme weights: those beyond μ ± Δσ become zero."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from fljax import evaluate
+from fljax import federation as federations
+from fljax import models
+from fljax.cleanse import reports
+
+Array = jax.Array
+
+
+def statistics(
+  kernel: Array, neuron_mask: Array, over: str
+) -> tuple[Array, Array]:
+  """Mean and standard deviation of a layer's weights.
+
+  Args:
+    kernel: [..., neurons].
+    neuron_mask: bool [neurons], False for pruned neurons.
+    over: "surviving" leaves the weights of pruned neurons out, "all" counts
+      their zeros. The paper leaves this open; with "all", σ shrinks with
+      every pruned neuron.
+
+  Returns:
+    μ and σ (of the population), scalars.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-C.
+  """
+  if over == "all":
+    return kernel.mean(), kernel.std()
+  keep = neuron_mask.reshape((1,) * (kernel.ndim - 1) + (-1,))
+  keep = jnp.broadcast_to(keep, kernel.shape)
+  return kernel.mean(where=keep), kernel.std(where=keep)
+
+
+STATISTICS = ("surviving", "all")
+
+
+def zero_extremes(
+  kernel: Array,
+  mean: Array | float,
+  std: Array | float,
+  delta: Array | float,
+) -> Array:
+  """Zeroes the weights outside [μ − Δσ, μ + Δσ].
+
+  Guarantees: for fixed μ and σ it is idempotent, and monotone: a smaller Δ
+  zeroes a superset. Weights on the boundary stay. With μ = 0 it commutes with
+  a change of sign.
+
+  Args:
+    kernel: any shape.
+    mean: μ, scalar.
+    std: σ, scalar.
+    delta: Δ, scalar; infinity changes nothing.
+
+  Returns:
+    The adjusted kernel, of the same shape and dtype.
+
+  References:
+    The paper, Section IV-C and Algorithm 1, "Adjusting Weights".
+  """
+  reach = delta * std
+  inside = (kernel >= mean - reach) & (kernel <= mean + reach)
+  return jnp.where(inside, kernel, jnp.zeros_like(kernel))
+
+
+def delta_steps(start: float, step: float) -> np.ndarray:
+  """The thresholds of the search: start, start − ε, ..., down to above 0.
+
+  Args:
+    start: the first Δ, positive.
+    step: ε, positive.
+
+  Returns:
+    float64 [steps], decreasing.
+  """
+  count = int(np.ceil(start / step - 1e-9))
+  return np.round(start - step * np.arange(count), 9)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cache_stem(
+  model: models.Model, params: models.Params, examples: evaluate.Examples
+) -> evaluate.Examples:
+  """The examples with the stem's output in place of images.
+
+  Weight adjusting touches the target kernel only, so a whole search needs the
+  stem once.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    examples: in batches.
+
+  Returns:
+    The same examples; `images` is now [batches, batch, ...].
+  """
+  hidden = lax.map(lambda images: model.stem(params, images), examples.images)
+  return examples.replace(images=hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy_from_stem(
+  model: models.Model,
+  params: models.Params,
+  kernel: Array,
+  cached: evaluate.Examples,
+) -> Array:
+  """Accuracy with another target kernel.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    kernel: the target kernel to use.
+    cached: from `cache_stem`.
+
+  Returns:
+    float32 scalar.
+  """
+  params = models.with_target_kernel(model, params, kernel)
+
+  def hits(batch: evaluate.Examples) -> Array:
+    active = model.activations(params, batch.images)
+    logits = model.head(params, active)
+    return evaluate.count_hits(logits, batch.labels, batch.mask)
+
+  return lax.map(hits, cached).sum() / cached.mask.sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def client_curves(
+  model: models.Model,
+  params: models.Params,
+  mean: Array,
+  std: Array,
+  deltas: Array,
+  federation: federations.Federation,
+) -> Array:
+  """The accuracies that clients report when the server cannot validate.
+
+  Each client measures the model at every Δ on its own training data.
+
+  Args:
+    model: the network.
+    params: the model to adjust.
+    mean: μ, scalar.
+    std: σ, scalar.
+    deltas: float32 [steps].
+    federation: all clients.
+
+  Returns:
+    float32 [clients, steps].
+  """
+  kernel = models.target_kernel(model, params)
+
+  def total(images: Array, labels: Array, mask: Array) -> Array:
+    hidden = model.stem(params, images)
+
+    def one_step(delta: Array) -> Array:
+      adjusted = models.with_target_kernel(
+        model, params, zero_extremes(kernel, mean, std, delta)
+      )
+      logits = model.head(adjusted, model.activations(adjusted, hidden))
+      return evaluate.count_hits(logits, labels, mask)
+
+    return lax.map(one_step, deltas)
+
+  return reports.client_mean(total, federation)

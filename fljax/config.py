@@ -1,0 +1,431 @@
+"""The configuration of a run: one frozen value, built from flags here only.
+
+Every field is a flag of the same name; its default, help text and range stand
+in one place. `launch/*.flags` are flagfiles of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from absl import flags
+
+from fljax import aggregators
+from fljax import attacks
+from fljax import data
+from fljax import errors
+from fljax import layers
+from fljax import models
+from fljax import triggers
+from fljax.cleanse import pruning
+from fljax.cleanse import weights
+
+PHASES = ("fp", "ft", "aw")
+
+
+def _setting(
+  default: Any,
+  help_text: str,
+  *,
+  low: float | None = None,
+  high: float | None = None,
+  above: float | None = None,
+  choices: tuple[str, ...] | None = None,
+  identity: bool = True,
+) -> Any:
+  """A field with its help text and range.
+
+  Args:
+    default: also fixes the flag's type.
+    help_text: shown by --help, with the range.
+    low: smallest value.
+    high: largest value.
+    above: the value must be larger than this.
+    choices: allowed strings.
+    identity: whether another value makes it another experiment; False for
+      where files are and what is shown.
+
+  Returns:
+    The dataclass field.
+  """
+  return dataclasses.field(
+    default=default,
+    metadata={
+      "help": help_text,
+      "low": low,
+      "high": high,
+      "above": above,
+      "choices": choices,
+      "identity": identity,
+    },
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that decides a run's result, and where it is written.
+
+  Raises:
+    errors.ConfigError: on construction, if a value is out of its range or
+      contradicts another. What depends on the data set (labels, numbers of
+      images) is checked when that is loaded.
+  """
+
+  # Where things are, and what is shown.
+  workdir: str = _setting(
+    "runs/fljax",
+    "Folder for everything the run writes. The same command continues an"
+    " interrupted run found there.",
+    identity=False,
+  )
+  data_dir: str = _setting(
+    "",
+    "TensorFlow Datasets directory, or folder of IDX files. Empty: MNIST is"
+    " the bundled copy, others are looked for where TensorFlow Datasets"
+    " keeps them.",
+    identity=False,
+  )
+  download: bool = _setting(
+    False,
+    "Let TensorFlow Datasets download and prepare a missing data set.",
+    identity=False,
+  )
+  figures: bool = _setting(
+    True, "Draw figures and the HTML report.", identity=False
+  )
+  compilation_cache: str = _setting(
+    "default",
+    "Folder in which compiled programs are kept between runs; 'default' is"
+    " the user's cache folder, 'off' keeps none.",
+    identity=False,
+  )
+
+  # The experiment.
+  dataset: str = _setting(
+    "mnist",
+    f"Data set: {', '.join(data.NAMES)}, or the path of an .npz file of"
+    " images and labels.",
+  )
+  model: str = _setting("mnist_large", "Network.", choices=tuple(models.MODELS))
+  initialisation: str = _setting(
+    "uniform",
+    "Initial weights: 'uniform' is uniform in ±1/sqrt(fan_in), PyTorch's"
+    " default.",
+    choices=tuple(layers.INITIALISERS),
+  )
+  seed: int = _setting(
+    0,
+    "Seed of everything random: partition, initial weights, batches,"
+    " poisoning, client sampling.",
+    low=0,
+    high=2**32 - 1,
+  )
+
+  # The clients.
+  num_clients: int = _setting(10, "Clients in the federation (N).", low=1)
+  clients_per_round: int = _setting(
+    0, "Clients sampled in each round (k·N); 0 takes all.", low=0
+  )
+  samples_per_client: int = _setting(
+    600,
+    "Training images per client (n_i); with the Dirichlet partition, on"
+    " average.",
+    low=1,
+  )
+  partition: str = _setting(
+    "labels",
+    "How images are dealt: 'labels' gives each client --labels_per_client"
+    " labels, 'iid' a random share, 'dirichlet' label proportions drawn"
+    " with --dirichlet_alpha.",
+    choices=("labels", "iid", "dirichlet"),
+  )
+  labels_per_client: int = _setting(
+    3, "Labels per client (K) of the 'labels' partition.", low=1
+  )
+  dirichlet_alpha: float = _setting(
+    0.5, "Concentration of the 'dirichlet' partition.", above=0
+  )
+  validation_size: int = _setting(
+    5000,
+    "Training images that the server holds out to validate on; they are"
+    " nobody's training data. With 0, clients report accuracies instead.",
+    low=0,
+  )
+
+  # Federated averaging.
+  rounds: int = _setting(60, "Rounds of federated training.", low=0)
+  local_epochs: int = _setting(
+    1, "Passes over its data that a client makes per round.", low=1
+  )
+  batch_size: int = _setting(20, "Images per local step.", low=1)
+  learning_rate: float = _setting(0.1, "Local learning rate.", above=0)
+  momentum: float = _setting(
+    0.0, "Momentum of local SGD, afresh in each round.", low=0, high=0.9999
+  )
+  weight_decay: float = _setting(
+    0.0, "Weight decay of local SGD, on all parameters.", low=0
+  )
+  last_conv_l2: float = _setting(
+    0.0,
+    "λ of the penalty (λ/2)·Σw² on the last convolution's kernel alone"
+    " (Section VI-A).",
+    low=0,
+  )
+  aggregation: str = _setting(
+    "mean",
+    "'mean' is the paper's plain mean of updates, 'weighted' FedAvg's by"
+    " number of images.",
+    choices=tuple(aggregators.AGGREGATORS),
+  )
+  server_rate: float = _setting(
+    1.0, "Server learning rate η on the combined update.", above=0
+  )
+  eval_every: int = _setting(
+    5, "Rounds between evaluations of the global model.", low=1
+  )
+  checkpoint_every: int = _setting(
+    20, "Rounds between checkpoints while training.", low=1
+  )
+
+  # The attack.
+  num_attackers: int = _setting(1, "Malicious clients.", low=0)
+  victim_label: int = _setting(
+    9, "Label whose stamped images shall be misclassified (VL).", low=0
+  )
+  target_label: int = _setting(0, "Label they shall be taken for (AL).", low=0)
+  trigger: str = _setting(
+    "pixel5",
+    "Backdoor pattern: so many pixels in the lower right corner, or the four"
+    " pieces of the Distributed Backdoor Attack.",
+    choices=tuple(triggers.TRIGGERS),
+  )
+  poison_fraction: float = _setting(
+    0.25,
+    "Share of an attacker's images that are backdoored versions of its"
+    " victim images.",
+    above=0,
+    high=0.99,
+  )
+  gamma: float = _setting(
+    3.0,
+    "Amplification γ of an attacker's update: 1 is none; (clients per"
+    " round)/(server rate) replaces the global model.",
+    low=1,
+  )
+  attack_start: int = _setting(
+    0, "Rounds before the attackers begin to attack.", low=0
+  )
+  attacker_reports: str = _setting(
+    "honest",
+    "What attackers report when clients choose the pruning: the truth, total"
+    " failure to stop it, or perfection to have the model ruined.",
+    choices=tuple(attacks.REPORTS),
+  )
+  attack_images: str = _setting(
+    "victim",
+    "What attack success is measured on: stamped test images of the victim"
+    " label, or of all 'others' than the target label.",
+    choices=("victim", "others"),
+  )
+
+  # Cleansing.
+  cleanse: str = _setting(
+    "fp,ft,aw",
+    "Phases after training, in order: fp (federated pruning), ft"
+    " (fine-tuning), aw (adjusting extreme weights). Empty for none.",
+  )
+  pruning: str = _setting(
+    "mvp",
+    "Federated pruning by rank aggregation (rap) or majority voting (mvp).",
+    choices=tuple(pruning.SCORES),
+  )
+  pruning_rate: float = _setting(
+    0.5,
+    "Share of neurons that each client votes to prune (p, mvp only).",
+    low=0,
+    high=1,
+  )
+  report_trim: float = _setting(
+    0.2,
+    "Share of the clients' reported accuracies left out on each side, when"
+    " the server has no validation images.",
+    low=0,
+    high=0.49,
+  )
+  pruning_drop: float = _setting(
+    0.01,
+    "Accuracy that pruning may cost, as a fraction.",
+    low=0,
+    high=1,
+  )
+  fine_tune_rounds: int = _setting(10, "Most rounds of fine-tuning.", low=0)
+  fine_tune_patience: int = _setting(
+    5,
+    "Fine-tuning stops after so many rounds without better validation"
+    " accuracy; 0 never stops early.",
+    low=0,
+  )
+  fine_tune_gamma: float = _setting(
+    1.0, "Amplification γ that attackers keep up in fine-tuning.", low=1
+  )
+  adjusting_drop: float = _setting(
+    0.01,
+    "Accuracy that adjusting extreme weights may cost, as a fraction.",
+    low=0,
+    high=1,
+  )
+  delta_start: float = _setting(
+    6.0, "First threshold Δ, in standard deviations.", above=0, high=1000
+  )
+  delta_step: float = _setting(
+    0.25, "ε, by which Δ falls.", low=0.001, high=100
+  )
+  weight_statistics: str = _setting(
+    "surviving",
+    "Whether μ and σ are those of the surviving neurons' weights or of all"
+    " weights of the layer, pruned zeros included.",
+    choices=weights.STATISTICS,
+  )
+
+  # How it is computed; results agree to rounding.
+  conv: str = _setting(
+    "auto",
+    "Form of convolutions; auto takes the backend's measured choice.",
+    choices=("auto", "slices", "lax"),
+  )
+  pooling: str = _setting(
+    "auto",
+    "Form of poolings; auto takes the backend's measured choice.",
+    choices=("auto", "reshape", "lax"),
+  )
+  client_chunk: int = _setting(
+    -1,
+    "Clients trained at once: 0 all, 1 one by one, -1 the backend's measured"
+    " choice. Memory grows with it.",
+    low=-1,
+  )
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      _check_range(field, getattr(self, field.name))
+    self._check_consistency()
+
+  def _check_consistency(self) -> None:
+    """Checks the settings that limit each other."""
+    if self.victim_label == self.target_label and self.num_attackers:
+      raise errors.ConfigError(
+        f"--victim_label and --target_label are both {self.victim_label}:"
+        " a backdoor needs two different labels."
+      )
+    if self.num_attackers > self.num_clients:
+      raise errors.ConfigError(
+        f"--num_attackers={self.num_attackers} is more than"
+        f" --num_clients={self.num_clients}."
+      )
+    if self.clients_per_round > self.num_clients:
+      raise errors.ConfigError(
+        f"--clients_per_round={self.clients_per_round} is more than"
+        f" --num_clients={self.num_clients}."
+      )
+    largest = (self.clients_per_round or self.num_clients) / self.server_rate
+    # Without this, γ = 1 would be out of range under a large server rate.
+    largest = max(largest, 1.0)
+    for name in ("gamma", "fine_tune_gamma"):
+      if getattr(self, name) > largest:
+        raise errors.ConfigError(
+          f"--{name}={getattr(self, name):g} is out of range: γ goes from 1"
+          f" to {largest:g}, clients per round over server rate."
+        )
+    unknown = [phase for phase in self.phases if phase not in PHASES]
+    if unknown or len(set(self.phases)) != len(self.phases):
+      raise errors.ConfigError(
+        f"--cleanse={self.cleanse} must name each of {', '.join(PHASES)} at"
+        " most once, separated by commas."
+      )
+    if not self.workdir:
+      raise errors.ConfigError("--workdir must not be empty.")
+
+  @property
+  def phases(self) -> tuple[str, ...]:
+    """The phases of cleansing, in order."""
+    return tuple(p.strip() for p in self.cleanse.split(",") if p.strip())
+
+  def identity(self) -> dict[str, Any]:
+    """The settings that make this experiment what it is."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.metadata["identity"]
+    }
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+  kind = type(field.default)
+  accepts = (int, float) if kind is float else kind
+  if not isinstance(value, accepts) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    raise errors.ConfigError(
+      f"--{field.name}={value!r} must be of type {kind.__name__}."
+    )
+  choices = field.metadata["choices"]
+  if choices is not None and value not in choices:
+    raise errors.ConfigError(
+      f"unknown --{field.name}={value}: choose one of {', '.join(choices)}."
+    )
+  low, high, above = (field.metadata[k] for k in ("low", "high", "above"))
+  if (
+    (isinstance(value, float) and not math.isfinite(value))
+    or (low is not None and value < low)
+    or (high is not None and value > high)
+    or (above is not None and value <= above)
+  ):
+    raise errors.ConfigError(
+      f"--{field.name}={value} is out of range: it must be"
+      f" {_range_text(field)}."
+    )
+
+
+def _range_text(field: dataclasses.Field) -> str:
+  low, high, above = (field.metadata[k] for k in ("low", "high", "above"))
+  parts = []
+  if low is not None:
+    parts.append(f"at least {low:g}")
+  if above is not None:
+    parts.append(f"above {above:g}")
+  if high is not None:
+    parts.append(f"at most {high:g}")
+  return " and ".join(parts) or "finite"
+
+
+def define_flags() -> None:
+  """Defines one flag per setting."""
+  for field in dataclasses.fields(Config):
+    text = field.metadata["help"]
+    if field.metadata["choices"] is not None:
+      text += f" One of: {', '.join(field.metadata['choices'])}."
+    elif any(field.metadata[k] is not None for k in ("low", "high", "above")):
+      text += f" Range: {_range_text(field)}."
+    define = {
+      bool: flags.DEFINE_boolean,
+      int: flags.DEFINE_integer,
+      float: flags.DEFINE_float,
+      str: flags.DEFINE_string,
+    }[type(field.default)]
+    define(field.name, field.default, text)
+
+
+def from_flags() -> Config:
+  """The configuration that the parsed flags describe.
+
+  Raises:
+    errors.ConfigError: see `Config`.
+  """
+  return Config(
+    **{
+      field.name: getattr(flags.FLAGS, field.name)
+      for field in dataclasses.fields(Config)
+    }
+  )

@@ -1,0 +1,125 @@
+"""What a run shows on the terminal: a progress bar, lines, a table."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import tqdm
+
+from fljax import __version__
+
+
+def percent(fraction: float | None) -> str:
+  """A fraction as people read it."""
+  return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+class Console:
+  """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, *, quiet: bool = False):
+    """Shows nothing at all if quiet."""
+    self._quiet = quiet
+    self._bar: tqdm.tqdm | None = None
+    self._total = 0
+
+  def say(self, text: str) -> None:
+    """Prints a line, above the bar if there is one."""
+    if self._quiet:
+      return
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      print(text, file=sys.stderr, flush=True)
+
+  def start(self, name: str, total: int, done: int) -> None:
+    """Begins a series of rounds."""
+    self._name, self._total = name, total
+    if not self._quiet and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        desc=name,
+        total=total,
+        initial=done,
+        unit="round",
+        dynamic_ncols=True,
+        file=sys.stderr,
+      )
+
+  def advance(self, done: int, accuracy: float, success: float | None) -> None:
+    """Shows where the series stands after `done` rounds."""
+    if self._bar is not None:
+      self._bar.set_postfix_str(
+        f"TA {percent(accuracy)} AA {percent(success)}", refresh=False
+      )
+      self._bar.update(done - self._bar.n)
+    else:
+      self.say(
+        f"{self._name}: round {done}/{self._total}  TA {percent(accuracy)} "
+        f" AA {percent(success)}"
+      )
+
+  def stop(self) -> None:
+    """Ends the series."""
+    if self._bar is not None:
+      self._bar.close()
+      self._bar = None
+
+
+def header(config: Any) -> str:
+  """One line that says what is about to run."""
+  attack = (
+    f"{config.num_attackers} attacking {config.victim_label} ->"
+    f" {config.target_label} ({config.trigger}, gamma {config.gamma:g})"
+    if config.num_attackers
+    else "none attacking"
+  )
+  return (
+    f"fljax {__version__}: {config.dataset}, {config.model},"
+    f" {config.num_clients} clients, {attack}, seed {config.seed}"
+  )
+
+
+def detail(phase: dict[str, Any]) -> str:
+  """What a phase did, in a few words."""
+  parts = []
+  if "pruned_neurons" in phase:
+    parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
+  if "fine_tune_rounds" in phase:
+    parts.append(f"{phase['fine_tune_rounds']} rounds")
+  if "delta" in phase:
+    delta = phase["delta"]
+    threshold = "no change" if delta is None else f"delta {delta:g}"
+    parts.append(f"{phase['zeroed_weights']} weights zeroed ({threshold})")
+  return ", ".join(parts)
+
+
+def table(results: dict[str, Any]) -> str:
+  """The phases as the paper's tables show them.
+
+  Args:
+    results: the contents of results.json.
+
+  Returns:
+    Several lines; accuracies in percent.
+  """
+  rows = [("phase", "TA %", "AA %", "seconds", "what was done")]
+  rows += [
+    (
+      phase["name"],
+      percent(phase["test_accuracy"]),
+      percent(phase["attack_success"]),
+      f"{phase['seconds']:.1f}",
+      detail(phase),
+    )
+    for phase in results["phases"]
+  ]
+  widths = [max(len(row[column]) for row in rows) for column in range(5)]
+  lines = []
+  for row in rows:
+    cells = [row[0].ljust(widths[0])]
+    cells += [row[c].rjust(widths[c]) for c in (1, 2, 3)]
+    cells.append(row[4])
+    lines.append("  ".join(cells).rstrip())
+  lines.insert(1, "-" * max(len(line) for line in lines))
+  return "\n".join(lines)

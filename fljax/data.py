@@ -1,0 +1,442 @@
+"""Named data sets as arrays; the only module that knows TensorFlow Datasets.
+
+MNIST ships with the package. Fashion-MNIST and CIFAR-10 are read from a
+prepared TensorFlow Datasets directory (ArrayRecord files, which need no
+TensorFlow) or from IDX files, and a user's own data set from an `.npz` file.
+What takes long to decode is decoded once and kept as arrays in the user's
+cache folder.
+
+Nothing here unpickles: arrays are loaded with `allow_pickle=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import gzip
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+import zipfile
+import zlib
+
+import numpy as np
+
+from fljax import errors
+
+BUNDLED_MNIST = Path(__file__).parent / "mnist"
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+# Channel means and standard deviations of the training images in [0, 1].
+_STATISTICS = {
+  "mnist": ((0.1307,), (0.3081,)),
+  "fashion_mnist": ((0.2860,), (0.3530,)),
+  "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+NAMES = tuple(_STATISTICS)
+
+_IDX_FILES = {
+  "train_images": "train-images-idx3-ubyte.gz",
+  "train_labels": "train-labels-idx1-ubyte.gz",
+  "test_images": "t10k-images-idx3-ubyte.gz",
+  "test_labels": "t10k-labels-idx1-ubyte.gz",
+}
+
+
+class Dataset(NamedTuple):
+  """Labelled images, split into training and test.
+
+  Attributes:
+    name: what the data set is called in reports.
+    train_images: uint8 [train, height, width, channels].
+    train_labels: int32 [train].
+    test_images: uint8 [test, height, width, channels].
+    test_labels: int32 [test].
+    num_classes: labels are 0, ..., num_classes - 1.
+    mean: per channel, of the training images scaled to [0, 1].
+    std: per channel, likewise.
+  """
+
+  name: str
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  test_images: np.ndarray
+  test_labels: np.ndarray
+  num_classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+def load(
+  name: str, data_dir: str | None = None, *, download: bool = False
+) -> Dataset:
+  """Loads a data set.
+
+  Args:
+    name: one of `NAMES`, or the path of an `.npz` file (see `from_npz`).
+    data_dir: a TensorFlow Datasets directory, or a directory with the four
+      IDX files. `None` looks where TensorFlow Datasets would
+      (`TFDS_DATA_DIR`, else `~/tensorflow_datasets`); MNIST then needs no
+      look at all, because it is bundled.
+    download: whether a missing data set may be downloaded and prepared by
+      TensorFlow Datasets.
+
+  Returns:
+    The data set.
+
+  Raises:
+    errors.DataError: it cannot be found, read, or is damaged; the message
+      says where it was looked for and what to do.
+  """
+  if name.endswith(".npz"):
+    return from_npz(Path(name))
+  if name not in _STATISTICS:
+    raise errors.DataError(
+      f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or"
+      " give the path of an .npz file."
+    )
+  if name == "mnist" and data_dir is None:
+    return _named(name, _read_idx(BUNDLED_MNIST))
+
+  root = Path(data_dir or _default_data_dir()).expanduser()
+  looked = [root / name, root]
+  prepared = _find_prepared(root, name)
+  if prepared is None and download:
+    prepared = _download(root, name)
+  if prepared is not None:
+    return _named(name, _cached(name, prepared))
+  folders = [root] if name != "cifar10" and data_dir is not None else []
+  if name == "fashion_mnist":
+    folders.append(DEBIAN_FASHION_MNIST)
+    looked.append(DEBIAN_FASHION_MNIST)
+  for folder in folders:
+    if (folder / _IDX_FILES["train_images"]).is_file():
+      return _named(name, _read_idx(folder))
+  raise errors.DataError(
+    f"{name} was not found in {', '.join(str(p) for p in looked)}:"
+    f" {_HOW_TO_GET[name]}"
+  )
+
+
+_HOW_TO_GET = {
+  "mnist": (
+    "leave out --data_dir to use the bundled copy, or point it at a"
+    " prepared TensorFlow Datasets directory or at the four IDX files."
+  ),
+  "fashion_mnist": (
+    "install Debian's package dataset-fashion-mnist, or point --data_dir"
+    " at a prepared TensorFlow Datasets directory or at the four IDX"
+    " files."
+  ),
+  "cifar10": (
+    "point --data_dir at a TensorFlow Datasets directory prepared with"
+    " file_format='array_record', or allow a download with --download."
+  ),
+}
+
+
+def _named(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
+  mean, std = _STATISTICS[name]
+  return Dataset(name=name, num_classes=10, mean=mean, std=std, **arrays)
+
+
+def _default_data_dir() -> str:
+  return os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+
+
+def cache_dir() -> Path:
+  """The folder for what fljax can compute again: decoded data, programs."""
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return Path(root).expanduser() / "fljax"
+
+
+# --- IDX files ---------------------------------------------------------------
+
+
+def _read_idx(folder: Path) -> dict[str, np.ndarray]:
+  arrays = {}
+  for key, file_name in _IDX_FILES.items():
+    arrays[key] = read_idx_file(folder / file_name)
+  for split in ("train", "test"):
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+      raise errors.DataError(
+        f"{folder}: the {split} images {images.shape} and labels"
+        f" {labels.shape} do not belong together."
+      )
+    arrays[f"{split}_images"] = images[..., np.newaxis]
+    arrays[f"{split}_labels"] = labels.astype(np.int32)
+  return arrays
+
+
+def read_idx_file(path: Path) -> np.ndarray:
+  """Reads one gzip-compressed IDX file of unsigned bytes.
+
+  Args:
+    path: the file.
+
+  Returns:
+    uint8, of the shape that the file's header gives.
+
+  Raises:
+    errors.DataError: the file is missing or damaged.
+
+  References:
+    The IDX format, described on the MNIST database's page (LeCun, Cortes).
+  """
+  try:
+    with gzip.open(path, "rb") as stream:
+      raw = stream.read()
+  except FileNotFoundError as error:
+    raise errors.DataError(f"{path} is missing.") from error
+  except (OSError, EOFError, zlib.error) as error:
+    raise errors.DataError(
+      f"{path} is damaged and cannot be unpacked ({error})."
+    ) from error
+  # Two zero bytes, the element type (8: unsigned byte), the number of axes.
+  if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+    raise errors.DataError(f"{path} is damaged: it has no IDX header.")
+  shape = tuple(
+    int.from_bytes(raw[4 + 4 * axis : 8 + 4 * axis], "big")
+    for axis in range(raw[3])
+  )
+  body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+  if body.size != np.prod(shape):
+    raise errors.DataError(
+      f"{path} is damaged: its header promises {np.prod(shape)} values and"
+      f" it holds {body.size}."
+    )
+  return body.reshape(shape)
+
+
+# --- TensorFlow Datasets -----------------------------------------------------
+
+
+def _find_prepared(root: Path, name: str) -> Path | None:
+  """The newest prepared version of a data set under a TFDS directory."""
+  versions = [
+    info.parent
+    for info in (root / name).glob("*/dataset_info.json")
+    if info.parent.name.replace(".", "").isdigit()
+  ]
+  if not versions:
+    return None
+  return max(
+    versions, key=lambda v: tuple(int(part) for part in v.name.split("."))
+  )
+
+
+def _decode(name: str, prepared: Path) -> dict[str, np.ndarray]:
+  """Decodes both splits of a prepared TFDS directory, image by image."""
+  # Heavy, and needed by nobody else: imported where it is used.
+  from tensorflow_datasets.core import read_only_builder
+
+  arrays = {}
+  try:
+    builder = read_only_builder.builder_from_directory(str(prepared))
+    for split in ("train", "test"):
+      source = builder.as_data_source(split)
+      images, labels = [], []
+      for example in source:
+        images.append(np.asarray(example["image"], np.uint8))
+        labels.append(int(example["label"]))
+      arrays[f"{split}_images"] = np.stack(images)
+      arrays[f"{split}_labels"] = np.asarray(labels, np.int32)
+  except ImportError as error:
+    raise errors.DataError(
+      f"{prepared} cannot be read without the module {error.name!r}."
+    ) from error
+  except Exception as error:  # TFDS raises whatever its readers raise.
+    raise errors.DataError(
+      f"{prepared} is damaged or was not prepared with"
+      f" file_format='array_record' ({type(error).__name__}:"
+      f" {_first_line(error)})."
+    ) from error
+  if not len(arrays["train_images"]) or not len(arrays["test_images"]):
+    raise errors.DataError(f"{prepared} holds no {name} images.")
+  return arrays
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or ["no message"])[0][:200]
+
+
+def _download(root: Path, name: str) -> Path:
+  """Lets TensorFlow Datasets download and prepare a data set."""
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
+    # MNIST and Fashion-MNIST name their files alike, and TFDS keys its
+    # extraction cache by file name: one download folder for both would turn
+    # the second into the first.
+    builder.download_and_prepare(download_dir=str(root / "downloads" / name))
+  except Exception as error:
+    raise errors.DataError(
+      f"{name} could not be downloaded and prepared in {root}"
+      f" ({type(error).__name__}: {_first_line(error)})."
+    ) from error
+  prepared = _find_prepared(root, name)
+  if prepared is None:
+    raise errors.DataError(f"{name} was prepared, but not found in {root}.")
+  return prepared
+
+
+def _cached(name: str, prepared: Path) -> dict[str, np.ndarray]:
+  """Decodes a prepared directory once; later calls read the arrays."""
+  fingerprint = hashlib.sha256()
+  for path in sorted(prepared.iterdir()):
+    status = path.stat()
+    fingerprint.update(
+      f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode()
+    )
+  path = cache_dir() / "data" / f"{name}-{fingerprint.hexdigest()[:16]}.npz"
+  if path.is_file():
+    return _load_npz(path)
+  arrays = _decode(name, prepared)
+  # A cache that cannot be written costs time, not correctness.
+  with contextlib.suppress(OSError):
+    _save_npz(path, arrays)
+  return arrays
+
+
+def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    with open(partial, "wb") as stream:
+      np.savez(stream, **arrays)  # type: ignore[arg-type]
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+  """Turns what NumPy raises over a bad `.npz` into one sentence."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise errors.DataError(f"{path} does not exist.") from error
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    raise errors.DataError(
+      f"{path} is damaged or is no .npz file of plain arrays"
+      f" ({_first_line(e)})."
+    ) from e
+
+
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+  with _naming(path), np.load(path, allow_pickle=False) as archive:
+    return {key: archive[key] for key in archive.files}
+
+
+# --- a user's own data -------------------------------------------------------
+
+_OWN_KEYS = (
+  ("train_images", "train_labels", "test_images", "test_labels"),
+  ("x_train", "y_train", "x_test", "y_test"),
+  ("images", "labels"),
+)
+
+
+def from_npz(path: Path) -> Dataset:
+  """Reads a user's own data set.
+
+  The file holds one of these sets of arrays:
+
+  | images and labels | test split |
+  | --- | --- |
+  | `train_images train_labels test_images test_labels` | as given |
+  | `x_train y_train x_test y_test` | as given |
+  | `images labels` | every sixth image, from the first |
+
+  Images are [n, height, width] or [n, height, width, channels], uint8 in
+  0..255 or floating point in [0, 1] (rounded to 256 levels); labels are
+  integers [n] from 0.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The data set, named after the file.
+
+  Raises:
+    errors.DataError: the file is missing, damaged, or holds something else.
+  """
+  arrays = _load_npz(path)
+  for keys in _OWN_KEYS:
+    if all(key in arrays for key in keys):
+      break
+  else:
+    raise errors.DataError(
+      f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: it needs"
+      f" {' or '.join(' '.join(keys) for keys in _OWN_KEYS)}."
+    )
+  parts = [arrays[key] for key in keys]
+  if len(parts) == 2:
+    images, labels = parts
+    _check_pair(path, keys[0], images, labels)
+    test = np.arange(len(images)) % 6 == 0
+    parts = [images[~test], labels[~test], images[test], labels[test]]
+  names = keys if len(keys) == 4 else (keys * 2)
+  for image_key, images, labels in (
+    (names[0], parts[0], parts[1]),
+    (names[2], parts[2], parts[3]),
+  ):
+    _check_pair(path, image_key, images, labels)
+  train_images, test_images = (
+    _as_uint8(path, parts[0]),
+    _as_uint8(path, parts[2]),
+  )
+  if train_images.shape[1:] != test_images.shape[1:]:
+    raise errors.DataError(
+      f"{path}: training images are {train_images.shape[1:]} and test"
+      f" images {test_images.shape[1:]}."
+    )
+  scaled = train_images.astype(np.float32) / 255
+  std = scaled.std((0, 1, 2))
+  return Dataset(
+    name=path.stem,
+    train_images=train_images,
+    train_labels=parts[1].astype(np.int32),
+    test_images=test_images,
+    test_labels=parts[3].astype(np.int32),
+    num_classes=int(max(parts[1].max(), parts[3].max())) + 1,
+    mean=tuple(float(m) for m in scaled.mean((0, 1, 2))),
+    std=tuple(float(s) if s > 0 else 1.0 for s in std),
+  )
+
+
+def _check_pair(
+  path: Path, key: str, images: np.ndarray, labels: np.ndarray
+) -> None:
+  if images.ndim not in (3, 4) or not len(images):
+    raise errors.DataError(
+      f"{path}: {key} has shape {images.shape}; it must be [n, height,"
+      " width] or [n, height, width, channels]."
+    )
+  if labels.shape != images.shape[:1]:
+    raise errors.DataError(
+      f"{path}: {len(images)} {key} need as many labels in one axis, not"
+      f" an array of shape {labels.shape}."
+    )
+  if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    raise errors.DataError(
+      f"{path}: the labels of {key} must be integers from 0."
+    )
+
+
+def _as_uint8(path: Path, images: np.ndarray) -> np.ndarray:
+  if images.ndim == 3:
+    images = images[..., np.newaxis]
+  if images.dtype == np.uint8:
+    return images
+  if np.issubdtype(images.dtype, np.floating) and (
+    images.min() >= 0 and images.max() <= 1
+  ):
+    return np.round(images * 255).astype(np.uint8)
+  raise errors.DataError(
+    f"{path}: images must be uint8, or floating point in [0, 1]; these are"
+    f" {images.dtype} from {images.min()} to {images.max()}."
+  )

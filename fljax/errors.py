@@ -1,0 +1,34 @@
+"""The errors that a user can cause and can mend.
+
+Each carries one sentence that says what is wrong and, where possible, what to
+do. The command line prints that sentence and no traceback; from Python they
+are ordinary exceptions. A bug raises something else.
+"""
+
+
+class FljaxError(Exception):
+  """Base of every error whose message is meant for the user."""
+
+
+class ConfigError(FljaxError, ValueError):
+  """A setting is out of its range, or two settings contradict each other."""
+
+
+class DataError(FljaxError):
+  """A data set is missing, damaged, or not of the promised form."""
+
+
+class WorkdirError(FljaxError):
+  """The working directory cannot be used: taken, unwritable, or full."""
+
+
+class CheckpointError(FljaxError):
+  """A checkpoint is damaged or does not fit the model."""
+
+
+class DivergedError(FljaxError):
+  """Training produced a loss or parameters that are not finite."""
+
+
+class InterruptedRunError(FljaxError):
+  """The run was asked to stop; its progress is saved."""

@@ -1,0 +1,131 @@
+"""A federation as a pytree: clients are the leading axis of every array.
+
+Who attacks, how strongly and from when on is data here, not a subclass: one
+compiled program trains benign and malicious clients together.
+"""
+
+from __future__ import annotations
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fljax import partition as partitions
+from fljax import triggers
+
+Array = jax.Array
+
+
+class Federation(struct.PyTreeNode):
+  """All clients, or a round's cohort of them, or (without the axis) one.
+
+  Attributes:
+    ids: int32 [clients], each client's own number. Randomness is derived from
+      it, so that the order of clients does not matter.
+    images: uint8 [clients, samples, height, width, channels]; not stamped
+      yet, stamping happens in the step.
+    labels: int32 [clients, samples], what the client trains towards.
+    mask: bool [clients, samples], False for padding.
+    poisoned: bool [clients, samples], True where the client's trigger is
+      stamped; these samples count only while the client attacks.
+    attacker: bool [clients].
+    attack_start: int32 [clients], the first round in which it attacks.
+    scale: float32 [clients], the attack's amplification γ of the update while
+      the client attacks.
+    trigger: one trigger per client.
+  """
+
+  ids: Array
+  images: Array
+  labels: Array
+  mask: Array
+  poisoned: Array
+  attacker: Array
+  attack_start: Array
+  scale: Array
+  trigger: triggers.Trigger
+
+  @property
+  def num_clients(self) -> int:
+    """Length of the clients axis."""
+    return self.ids.shape[0]
+
+
+def create(
+  images: np.ndarray,
+  labels: np.ndarray,
+  partition: partitions.Partition,
+  *,
+  num_attackers: int = 0,
+  pieces: list[triggers.Trigger] | None = None,
+  attack_start: int = 0,
+) -> Federation:
+  """Gathers each client's images.
+
+  The first `num_attackers` clients are marked as attackers; what they do with
+  their data is the business of `attacks`.
+
+  Args:
+    images: uint8 [train, height, width, channels].
+    labels: int32 [train].
+    partition: who gets which image.
+    num_attackers: how many clients are malicious.
+    pieces: triggers of the attackers; attacker i gets piece i mod len(pieces).
+      None stamps nothing.
+    attack_start: the first round (from 0) in which attackers attack.
+
+  Returns:
+    The federation, without poisoned samples and with γ = 1.
+  """
+  clients = partition.indices.shape[0]
+  ids = np.arange(clients, dtype=np.int32)
+  pieces = pieces or [triggers.from_pixels([], images.shape[1:])]
+  return Federation(
+    ids=jnp.asarray(ids),
+    images=jnp.asarray(images[partition.indices]),
+    labels=jnp.asarray(labels[partition.indices], jnp.int32),
+    mask=jnp.asarray(partition.mask),
+    poisoned=jnp.zeros(partition.indices.shape, bool),
+    attacker=jnp.asarray(ids < num_attackers),
+    attack_start=jnp.full(clients, attack_start, jnp.int32),
+    scale=jnp.ones(clients, jnp.float32),
+    trigger=jax.tree.map(
+      lambda *leaves: jnp.stack(
+        [leaves[client % len(pieces)] for client in range(clients)]
+      ),
+      *pieces,
+    ),
+  )
+
+
+def select(federation: Federation, clients: Array) -> Federation:
+  """The cohort of the given positions.
+
+  Args:
+    federation: with a leading clients axis.
+    clients: int32 [cohort], positions on that axis; a scalar drops the axis.
+
+  Returns:
+    The federation of those clients.
+  """
+  return jax.tree.map(lambda leaf: leaf[clients], federation)
+
+
+def active_attackers(federation: Federation, round_index: Array) -> Array:
+  """Which clients attack in a round: bool [clients]."""
+  return federation.attacker & (round_index >= federation.attack_start)
+
+
+def training_mask(federation: Federation, active: Array) -> Array:
+  """Which samples count: bool [..., samples].
+
+  Args:
+    federation: with or without the clients axis.
+    active: bool [...], whether the client attacks now. Before it does, its
+      poisoned samples are left out.
+
+  Returns:
+    The mask.
+  """
+  return federation.mask & (~federation.poisoned | active[..., jnp.newaxis])

@@ -1,0 +1,187 @@
+"""One client's training: a pure function, made for mapping over clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from typing import Protocol
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from fljax import federation as federations
+from fljax import models
+from fljax import triggers
+
+Array = jax.Array
+Params = models.Params
+
+
+class LocalTraining(Protocol):
+  """Trains one client from the global model."""
+
+  def __call__(
+    self,
+    params: Params,
+    client: federations.Federation,
+    neuron_mask: Array,
+    active: Array,
+    key: Array,
+  ) -> tuple[Params, Array]:
+    """Runs the client's local epochs.
+
+    Args:
+      params: the global model.
+      client: one client's data, without the clients axis.
+      neuron_mask: bool [neurons]; pruned neurons stay at zero.
+      active: bool scalar, whether the client attacks in this round.
+      key: random key of this client in this round.
+
+    Returns:
+      The client's model and its mean training loss, a scalar.
+    """
+
+
+def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
+  """Mean cross-entropy over the samples that count.
+
+  Args:
+    logits: [batch, classes].
+    labels: int32 [batch].
+    mask: bool [batch].
+
+  Returns:
+    Scalar; 0 if no sample counts.
+  """
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  weights = mask.astype(losses.dtype)
+  return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def epoch_batches(key: Array, mask: Array, batch_size: int) -> Array:
+  """Shuffles the samples that count into batches, padding last.
+
+  Args:
+    key: random key.
+    mask: bool [samples].
+    batch_size: samples per batch.
+
+  Returns:
+    int32 [ceil(samples / batch_size), batch_size], indices of samples. Those
+    that count come first, each once; indices of the others (and `samples`,
+    out of range, in the last batch) follow.
+  """
+  samples = mask.shape[0]
+  order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, (samples,)), 2.0))
+  padding = -samples % batch_size
+  order = jnp.pad(
+    order.astype(jnp.int32), (0, padding), constant_values=samples
+  )
+  return order.reshape(-1, batch_size)
+
+
+def sgd_training(
+  model: models.Model,
+  optimizer: optax.GradientTransformation,
+  *,
+  epochs: int,
+  batch_size: int,
+  last_conv_l2: float = 0.0,
+) -> LocalTraining:
+  """Local epochs of mini-batch gradient descent.
+
+  The optimizer's state starts afresh in every round. A batch without any
+  sample that counts changes nothing, so clients of unequal size train
+  together under one shape.
+
+  Args:
+    model: the network.
+    optimizer: applied to the masked mean gradient of each batch.
+    epochs: passes over the client's data.
+    batch_size: samples per step; the last batch of an epoch may be smaller.
+    last_conv_l2: λ of the penalty (λ/2)·Σw² on the target convolution's
+      kernel (Section VI-A).
+
+  Returns:
+    The training function.
+  """
+
+  def loss_fn(
+    params: Params, images: Array, labels: Array, mask: Array
+  ) -> tuple[Array, Array]:
+    loss = cross_entropy(models.apply(model, params, images), labels, mask)
+    kernel = models.target_kernel(model, params)
+    return loss + last_conv_l2 / 2 * jnp.square(kernel).sum(), loss
+
+  def train(
+    params: Params,
+    client: federations.Federation,
+    neuron_mask: Array,
+    active: Array,
+    key: Array,
+  ) -> tuple[Params, Array]:
+    counts = federations.training_mask(client, active)
+    samples = counts.shape[0]
+    batches = jax.vmap(lambda k: epoch_batches(k, counts, batch_size))(
+      jax.random.split(key, epochs)
+    ).reshape(-1, batch_size)
+
+    def step(carry: Any, indices: Array) -> tuple[Any, tuple[Array, Array]]:
+      params, opt_state = carry
+      valid = indices < samples
+      indices = jnp.minimum(indices, samples - 1)
+      mask = valid & counts[indices]
+      images = client.images[indices]
+      stamped = triggers.stamp(images, client.trigger)
+      poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
+      images = jnp.where(poisoned, stamped, images)
+      grads, loss = jax.grad(loss_fn, has_aux=True)(
+        params, images, client.labels[indices], mask
+      )
+      updates, new_state = optimizer.update(grads, opt_state, params)
+      new = models.mask_neurons(
+        model, optax.apply_updates(params, updates), neuron_mask
+      )
+      count = mask.sum()
+      carry = jax.tree.map(
+        lambda new, old: jnp.where(count > 0, new, old),
+        (new, new_state),
+        (params, opt_state),
+      )
+      return carry, (loss * count, count)
+
+    start = (params, optimizer.init(params))
+    (params, _), (losses, numbers) = lax.scan(step, start, batches)
+    return params, losses.sum() / jnp.maximum(numbers.sum(), 1)
+
+  return train
+
+
+def map_clients(function: Callable[..., Any], chunk: int) -> Callable[..., Any]:
+  """Maps a function over the leading clients axis of all its arguments.
+
+  Args:
+    function: of one client.
+    chunk: how many clients run at once: 0 for all (`vmap`), 1 for one by one,
+      otherwise chunks of that size. Results are the same up to rounding;
+      memory grows with the chunk.
+
+  Returns:
+    The function of all clients.
+  """
+  if chunk == 0:
+    return jax.vmap(function)
+
+  def mapped(*arguments: Any) -> Any:
+    clients = jax.tree.leaves(arguments)[0].shape[0]
+    if chunk >= clients:
+      return jax.vmap(function)(*arguments)
+    return lax.map(
+      lambda client: function(*client),
+      arguments,
+      batch_size=None if chunk == 1 else chunk,
+    )
+
+  return mapped

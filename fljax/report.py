@@ -1,0 +1,237 @@
+"""Result files -> figures and one self-contained HTML page.
+
+Reads what a run left in its workdir and draws it; computes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from typing import Any
+
+import matplotlib
+
+# Figures go to files; no display is needed, wherever this runs.
+matplotlib.use("agg")
+
+from matplotlib import figure as figures
+import numpy as np
+
+from fljax import console
+from fljax import workdir as workdirs
+
+# Colour-blind safe (Okabe and Ito).
+_TEST, _ATTACK, _VALIDATION, _CHOICE = "#0072B2", "#D55E00", "#009E73", "#555"
+
+Line = dict[str, Any]
+
+
+def write(
+  workdir: workdirs.Workdir,
+  results: dict[str, Any],
+  images: list[tuple[str, np.ndarray]],
+) -> None:
+  """Draws all figures of a run and writes report.html.
+
+  Args:
+    workdir: the run's folder.
+    results: the contents of results.json.
+    images: clean and stamped examples with captions, uint8 [height, width,
+      channels].
+  """
+  lines = workdir.metrics()
+  drawn: dict[str, figures.Figure] = {}
+  if images:
+    drawn["trigger"] = trigger_figure(images)
+  by_phase: dict[str, list[Line]] = {}
+  for line in lines:
+    by_phase.setdefault(line["phase"], []).append(line)
+  for phase in results["phases"]:
+    own = by_phase.get(phase["name"], [])
+    name = phase["name"].replace("+", "_")
+    if own and "pruned_neurons" in own[0]:
+      drawn[f"pruning_{name}"] = pruning_figure(own, phase)
+    elif own and "delta" in own[0]:
+      drawn[f"delta_{name}"] = delta_figure(own, phase)
+    elif own:
+      drawn[name] = rounds_figure(own, phase)
+  for name, figure in drawn.items():
+    workdir.write_bytes(f"{workdirs.FIGURES}/{name}.png", _png(figure))
+  workdir.write_text(workdirs.REPORT, page(results, drawn))
+
+
+def _png(figure: figures.Figure) -> bytes:
+  stream = io.BytesIO()
+  figure.savefig(stream, format="png", dpi=120)
+  return stream.getvalue()
+
+
+def _axes(x_label: str, title: str) -> tuple[figures.Figure, Any]:
+  figure = figures.Figure(figsize=(6.4, 3.8), layout="constrained")
+  axes = figure.subplots()
+  axes.set_xlabel(x_label)
+  axes.set_ylabel("accuracy, %")
+  axes.set_title(title, fontsize=11)
+  axes.set_ylim(-3, 103)
+  axes.grid(alpha=0.3, linewidth=0.6)
+  axes.spines[["top", "right"]].set_visible(False)
+  return figure, axes
+
+
+def _draw(axes: Any, x: list[float], lines: list[Line], marker: str) -> None:
+  """Draws the curves that the lines have, in percent."""
+  for key, label, colour, style in (
+    ("test_accuracy", "test accuracy (TA)", _TEST, "-"),
+    ("attack_success", "attack success (AA)", _ATTACK, "-"),
+    ("accuracy", "accuracy that decides", _VALIDATION, "--"),
+  ):
+    values = [line.get(key) for line in lines]
+    if any(value is not None for value in values):
+      axes.plot(
+        x,
+        [np.nan if v is None else 100 * v for v in values],
+        style,
+        color=colour,
+        label=label,
+        marker=marker,
+        markersize=3,
+        linewidth=1.5,
+      )
+
+
+def rounds_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
+  """TA and AA over rounds, of training or fine-tuning (Fig. 3)."""
+  figure, axes = _axes("round", phase["name"])
+  _draw(axes, [line["round"] for line in lines], lines, "o")
+  axes.legend(frameon=False, fontsize=9)
+  return figure
+
+
+def pruning_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
+  """Accuracies over the number of pruned neurons (Fig. 5)."""
+  figure, axes = _axes("neurons pruned", f"{phase['name']}: pruning curve")
+  _draw(axes, [line["pruned_neurons"] for line in lines], lines, "")
+  axes.axvline(
+    phase["pruned_neurons"],
+    color=_CHOICE,
+    linestyle=":",
+    label=f"chosen: {phase['pruned_neurons']}",
+  )
+  axes.legend(frameon=False, fontsize=9)
+  return figure
+
+
+def delta_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
+  """Accuracies over the threshold Δ, falling to the right (Fig. 6)."""
+  figure, axes = _axes(
+    "threshold Δ (standard deviations)", f"{phase['name']}: extreme weights"
+  )
+  # The unadjusted model stands one step left of the first threshold.
+  finite = [line["delta"] for line in lines if line["delta"] is not None]
+  step = finite[0] - finite[1] if len(finite) > 1 else 1.0
+  first = (finite[0] if finite else 0.0) + step
+  x = [first if line["delta"] is None else line["delta"] for line in lines]
+  _draw(axes, x, lines, "o")
+  chosen = phase["delta"]
+  axes.axvline(
+    first if chosen is None else chosen,
+    color=_CHOICE,
+    linestyle=":",
+    label="chosen: no change" if chosen is None else f"chosen: Δ = {chosen:g}",
+  )
+  ticks = [tick for tick in axes.get_xticks() if min(x) <= tick < first]
+  axes.set_xticks([*ticks, first], [*(f"{t:g}" for t in ticks), "none"])
+  axes.invert_xaxis()
+  axes.legend(frameon=False, fontsize=9)
+  return figure
+
+
+def trigger_figure(
+  images: list[tuple[str, np.ndarray]],
+) -> figures.Figure:
+  """A real image, and what attackers and the test make of it (Fig. 1, 4)."""
+  figure = figures.Figure(figsize=(2 * len(images), 2.3), layout="constrained")
+  for axes, (caption, image) in zip(
+    figure.subplots(1, len(images), squeeze=False)[0], images, strict=True
+  ):
+    axes.imshow(
+      image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+    )
+    axes.set_title(caption, fontsize=10)
+    axes.set_axis_off()
+  return figure
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 60rem; padding: 0 1rem; color: #222; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd;
+  text-align: left; }
+td.number, th.number { text-align: right;
+  font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto;
+  font-size: .85rem; }
+"""
+
+
+def page(results: dict[str, Any], drawn: dict[str, figures.Figure]) -> str:
+  """The HTML page: everything inline, no script.
+
+  Args:
+    results: the contents of results.json.
+    drawn: figures by name.
+
+  Returns:
+    The page.
+  """
+  config = results["config"]
+  attack = "no attacker"
+  if config["num_attackers"]:
+    attack = (
+      f"{config['num_attackers']} attacking {config['victim_label']} →"
+      f" {config['target_label']} with {config['trigger']}, γ ="
+      f" {config['gamma']:g}"
+    )
+  title = (
+    f"{config['dataset']}, {config['model']}, {config['num_clients']} clients,"
+    f" {attack}"
+  )
+  rows = "".join(
+    f"<tr><td>{html.escape(phase['name'])}</td>"
+    f"<td class=number>{console.percent(phase['test_accuracy'])}</td>"
+    f"<td class=number>{console.percent(phase['attack_success'])}</td>"
+    f"<td class=number>{phase['seconds']:.1f}</td>"
+    f"<td>{html.escape(console.detail(phase))}</td></tr>"
+    for phase in results["phases"]
+  )
+  pictures = "".join(
+    f'<h2>{html.escape(name.replace("_", " "))}</h2><img alt="{name}"'
+    ' src="data:image/png;base64,'
+    f'{base64.b64encode(_png(figure)).decode()}">'
+    for name, figure in drawn.items()
+  )
+  return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fljax: {html.escape(title)}</title><style>{_STYLE}</style></head>
+<body><h1>{html.escape(title)}</h1>
+<p>Seed {results["seed"]}. TA is the accuracy on the whole test split; AA the
+share of stamped test images of {
+    "the victim label"
+    if config["attack_images"] == "victim"
+    else "all labels but the target"
+  } that are taken for the target.</p>
+<table><thead><tr><th>phase</th><th class=number>TA, %</th>
+<th class=number>AA, %</th><th class=number>seconds</th><th>what was done</th>
+</tr></thead><tbody>{rows}</tbody></table>
+{pictures}
+<h2>config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>
+<h2>environment</h2>
+<pre>{html.escape(json.dumps(results["environment"], indent=2))}</pre>
+</body></html>
+"""

@@ -1,0 +1,167 @@
+"""Backdoor triggers: which pixels are overwritten, and by what.
+
+A trigger is data (a small pytree), so a federation can carry one per client
+and stamping happens inside the compiled step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fljax import errors
+
+Array = jax.Array
+
+
+class Trigger(struct.PyTreeNode):
+  """Pixels to overwrite.
+
+  Attributes:
+    mask: bool [..., height, width, 1], True where the image is overwritten.
+    value: float32 [..., height, width, channels] in [0, 1], what is written
+      there.
+  """
+
+  mask: Array
+  value: Array
+
+
+def stamp(images: Array, trigger: Trigger) -> Array:
+  """Overwrites the trigger's pixels; all others stay as they are.
+
+  Guarantees: idempotent; shape and dtype are kept; pixels outside the mask
+  are untouched bit for bit.
+
+  Args:
+    images: [..., height, width, channels], uint8 in 0..255 or floating point
+      in [0, 1].
+    trigger: the pixels, broadcast against the images' leading axes.
+
+  Returns:
+    The stamped images.
+  """
+  value = trigger.value
+  if jnp.issubdtype(images.dtype, jnp.integer):
+    value = jnp.round(value * 255)
+  return jnp.where(trigger.mask, value.astype(images.dtype), images)
+
+
+def from_pixels(
+  pixels: list[tuple[int, int]], image_shape: tuple[int, int, int]
+) -> Trigger:
+  """A trigger that sets pixels to their maximum in every channel.
+
+  Args:
+    pixels: (row, column); negative ones count from the lower right corner.
+    image_shape: height, width, channels.
+
+  Returns:
+    The trigger.
+
+  Raises:
+    errors.ConfigError: a pixel lies outside the image.
+  """
+  height, width, _ = image_shape
+  mask = np.zeros((height, width, 1), bool)
+  for row, column in pixels:
+    if not (-height <= row < height and -width <= column < width):
+      raise errors.ConfigError(
+        f"the trigger's pixel ({row}, {column}) lies outside images of"
+        f" {height} x {width}."
+      )
+    mask[row, column] = True
+  value = np.broadcast_to(mask, image_shape).astype(np.float32)
+  return Trigger(mask=jnp.asarray(mask), value=jnp.asarray(value))
+
+
+# The paper draws its patterns (Fig. 1: in the lower right corner) without
+# giving positions. These are nested, and fill a 3 x 3 block that leaves the
+# outermost row and column free; (26, 26) on 28 x 28 images is BadNets' pixel.
+_NESTED_PIXELS = (
+  (-2, -2),
+  (-2, -4),
+  (-4, -2),
+  (-3, -3),
+  (-4, -4),
+  (-2, -3),
+  (-3, -2),
+  (-4, -3),
+  (-3, -4),
+)
+
+# The official pieces of the Distributed Backdoor Attack: [row, columns].
+_DBA_MNIST = ((0, 0, 4), (0, 6, 10), (3, 0, 4), (3, 6, 10))
+_DBA_CIFAR = ((0, 0, 6), (0, 9, 15), (4, 0, 6), (4, 9, 15))
+
+
+def _corner(count: int) -> Callable[[tuple[int, int, int]], list[Trigger]]:
+  return lambda shape: [from_pixels(list(_NESTED_PIXELS[:count]), shape)]
+
+
+def _dba(image_shape: tuple[int, int, int]) -> list[Trigger]:
+  rows = _DBA_MNIST if image_shape[2] == 1 else _DBA_CIFAR
+  return [
+    from_pixels([(row, c) for c in range(start, stop)], image_shape)
+    for row, start, stop in rows
+  ]
+
+
+# Name -> function of the image shape -> the trigger's pieces.
+TRIGGERS: dict[str, Callable[[tuple[int, int, int]], list[Trigger]]] = {
+  "pixel1": _corner(1),
+  "pixel3": _corner(3),
+  "pixel5": _corner(5),
+  "pixel7": _corner(7),
+  "pixel9": _corner(9),
+  "dba": _dba,
+}
+
+
+def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
+  """The parts into which a trigger is split among attackers.
+
+  Args:
+    name: a key of `TRIGGERS`. The `pixel*` patterns have one piece, which
+      every attacker stamps; `dba` has four, and attacker i stamps piece
+      i mod 4.
+    image_shape: height, width, channels.
+
+  Returns:
+    The pieces. The full trigger, stamped at test time, is their `union`.
+
+  Raises:
+    errors.ConfigError: the name is unknown or the images are too small.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Fig. 1 and Fig. 4; BadNets (Gu, Dolan-Gavitt, Garg);
+    DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.).
+  """
+  if name not in TRIGGERS:
+    raise errors.ConfigError(
+      f"unknown trigger {name!r}: choose one of {', '.join(TRIGGERS)}."
+    )
+  return TRIGGERS[name](image_shape)
+
+
+def union(parts: list[Trigger]) -> Trigger:
+  """The trigger that has the pixels of all parts.
+
+  Args:
+    parts: at least one trigger, all for the same image shape.
+
+  Returns:
+    Their union; where parts overlap, the later one's value.
+  """
+  whole = parts[0]
+  for part in parts[1:]:
+    whole = Trigger(
+      mask=whole.mask | part.mask,
+      value=jnp.where(part.mask, part.value, whole.value),
+    )
+  return whole

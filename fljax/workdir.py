@@ -1,0 +1,445 @@
+"""The folder of a run: its files, its lock, its checkpoints.
+
+Files that are read again are written beside their place and moved there, so
+a run killed at any moment leaves either the old or the new one. Nothing is
+loaded that could run code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+import tempfile
+from typing import Any
+from typing import TextIO
+
+import jax
+import numpy as np
+
+from fljax import errors
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
+FIGURES = "figures"
+_OWN = (CONFIG, METRICS, RESULTS, CHECKPOINTS, REPORT, FIGURES)
+_LOCK = ".lock"
+# Of checkpoints within training, so many are kept; one is enough to go on.
+_KEPT_IN_TRAINING = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What a checkpoint says beside its arrays.
+
+  Attributes:
+    sequence: checkpoints are numbered from 1 in the order of writing.
+    phase: the phase that it ends, or lies in.
+    complete: whether the phase ended here.
+    side: whether this is a side result from which the run does not go on.
+    phases: entries of results.json so far.
+    metrics_lines: lines of metrics.jsonl so far.
+    seconds: spent in the phase so far, if it is not complete.
+  """
+
+  sequence: int
+  phase: str
+  complete: bool
+  side: bool
+  phases: list[dict[str, Any]]
+  metrics_lines: int
+  seconds: float
+
+
+class Workdir:
+  """A run's folder, open and locked for one process."""
+
+  def __init__(self, path: str, identity: dict[str, Any]):
+    """Opens or creates the folder.
+
+    Args:
+      path: the folder.
+      identity: what makes the run the experiment that it is; a folder of
+        another one is refused.
+
+    Raises:
+      errors.WorkdirError: it cannot be written, is in use, or holds something
+        else.
+    """
+    self.path = Path(path).expanduser()
+    self._metrics: TextIO | None = None
+    self._lines = 0
+    with self.writing(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = open(self.path / _LOCK, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      self._lock.close()
+      raise errors.WorkdirError(
+        f"{self.path} is in use by another run."
+      ) from error
+    try:
+      self._claim(identity)
+    except BaseException:
+      self.close()
+      raise
+
+  def _claim(self, identity: dict[str, Any]) -> None:
+    """Writes the config into a new folder; compares it with an old one's."""
+    # What JSON makes of it, so that both sides compare alike.
+    identity = json.loads(json.dumps(identity))
+    config = self.path / CONFIG
+    if config.exists():
+      there = self._read_json(config)
+      if there != identity:
+        differences = ", ".join(
+          f"{key}: {there.get(key, 'unset')} there,"
+          f" {identity.get(key, 'unset')} here"
+          for key in sorted({*there, *identity})
+          if there.get(key) != identity.get(key)
+        )
+        raise errors.WorkdirError(
+          f"{self.path} holds a run of another config ({differences});"
+          " choose another --workdir."
+        )
+      return
+    strangers = [name for name in _OWN if (self.path / name).exists()]
+    if strangers:
+      raise errors.WorkdirError(
+        f"{self.path} holds {', '.join(strangers)} but no {CONFIG}; nothing"
+        " is overwritten, choose another --workdir."
+      )
+    self.write_json(CONFIG, identity)
+
+  def close(self) -> None:
+    """Releases the folder."""
+    if self._metrics is not None:
+      # Everything that matters was flushed line by line.
+      with contextlib.suppress(OSError):
+        self._metrics.close()
+      self._metrics = None
+    self._lock.close()
+
+  def __enter__(self) -> Workdir:
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
+
+  # --- files -----------------------------------------------------------------
+
+  @contextlib.contextmanager
+  def writing(self, path: Path) -> Iterator[None]:
+    """Turns a failure to write into one sentence."""
+    try:
+      yield
+    except OSError as error:
+      raise errors.WorkdirError(
+        f"{path} cannot be written: {error.strerror or error}."
+      ) from error
+
+  def write_json(self, name: str, value: Any) -> None:
+    """Writes a JSON file of the folder in one piece."""
+    path = self.path / name
+    with self.writing(path):
+      _replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+  def write_text(self, name: str, text: str) -> None:
+    """Writes a text file of the folder in one piece."""
+    path = self.path / name
+    with self.writing(path):
+      _replace(path, text.encode())
+
+  def write_bytes(self, name: str, content: bytes) -> None:
+    """Writes a binary file of the folder in one piece."""
+    path = self.path / name
+    with self.writing(path):
+      _replace(path, content)
+
+  def results(self) -> dict[str, Any] | None:
+    """The results of a finished run, or None."""
+    path = self.path / RESULTS
+    return self._read_json(path) if path.exists() else None
+
+  def _read_json(self, path: Path) -> dict[str, Any]:
+    try:
+      value = json.loads(path.read_text(encoding="utf-8"))
+      if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(
+        f"{path} is damaged ({error}); nothing was overwritten."
+      ) from error
+    return value
+
+  # --- metrics ---------------------------------------------------------------
+
+  def log(self, **metrics: Any) -> None:
+    """Appends one line to metrics.jsonl."""
+    path = self.path / METRICS
+    with self.writing(path):
+      if self._metrics is None:
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
+      self._metrics.write(json.dumps(metrics) + "\n")
+      self._metrics.flush()
+    self._lines += 1
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    path = self.path / METRICS
+    if not path.exists():
+      return []
+    try:
+      lines = path.read_text(encoding="utf-8").splitlines()
+      return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(f"{path} is damaged ({error}).") from error
+
+  def _rewind_metrics(self, lines: int) -> None:
+    """Forgets lines that were written after the checkpoint."""
+    path = self.path / METRICS
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = text.splitlines(keepends=True)[:lines]
+    if len(kept) < lines:
+      raise errors.WorkdirError(
+        f"{path} is damaged: the checkpoint knows {lines} lines and it holds"
+        f" {len(kept)}; nothing was overwritten."
+      )
+    with self.writing(path):
+      if lines or text:
+        _replace(path, "".join(kept).encode())
+    self._lines = lines
+
+  # --- checkpoints -----------------------------------------------------------
+
+  def save(self, state: Any, **progress: Any) -> Path:
+    """Writes a checkpoint in one piece, and drops what it supersedes.
+
+    Args:
+      state: a pytree of arrays.
+      **progress: fields of `Progress` other than `sequence` and
+        `metrics_lines`.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      errors.WorkdirError: it could not be written, or the disk is full.
+    """
+    existing = self._checkpoints()
+    sequence = existing[-1][0] + 1 if existing else 1
+    record = Progress(sequence=sequence, metrics_lines=self._lines, **progress)
+    state = jax.device_get(state)
+    path = self.path / CHECKPOINTS / f"{sequence:04d}-{record.phase}"
+    with self.writing(path):
+      path.parent.mkdir(exist_ok=True)
+      _write_checkpoint(path, state, record)
+    if record.complete:
+      stale = [old for _, old in existing if self._is_partial(old)]
+    else:
+      partial = [old for _, old in existing if self._is_partial(old)]
+      stale = partial[: len(partial) + 1 - _KEPT_IN_TRAINING]
+    for old in stale:
+      shutil.rmtree(old, ignore_errors=True)
+    return path
+
+  def restore(self, like: Any) -> tuple[Any, Progress] | None:
+    """Reads where the run goes on, and rewinds metrics.jsonl to it.
+
+    Args:
+      like: a pytree of arrays of the expected structure, shapes and dtypes.
+
+    Returns:
+      The state and its progress, of the newest checkpoint; its state is that
+      of the newest one that is no side result. None if there is none.
+
+    Raises:
+      errors.CheckpointError: one is damaged or belongs to another model.
+    """
+    for _, path in self._checkpoints(partial=True):
+      if path.name.startswith(".") or path.name.endswith(".partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    paths = [path for _, path in self._checkpoints()]
+    if not paths:
+      self._rewind_metrics(0)
+      return None
+    newest = read_progress(paths[-1])
+    for path in reversed(paths):
+      if not read_progress(path).side:
+        state = read_checkpoint(path, like)
+        self._rewind_metrics(newest.metrics_lines)
+        return state, newest
+    raise errors.CheckpointError(f"{self.path} holds side results only.")
+
+  def _checkpoints(self, partial: bool = False) -> list[tuple[int, Path]]:
+    return list_checkpoints(self.path, partial=partial)
+
+  @staticmethod
+  def _is_partial(path: Path) -> bool:
+    return not read_progress(path).complete
+
+
+def list_checkpoints(
+  workdir: Path, *, partial: bool = False
+) -> list[tuple[int, Path]]:
+  """Checkpoints of a run by their number, or what a killed run left of one."""
+  folder = workdir / CHECKPOINTS
+  found = []
+  for path in folder.iterdir() if folder.is_dir() else ():
+    whole = re.fullmatch(r"(\d+)-[a-z+]+", path.name)
+    if whole and not partial:
+      found.append((int(whole[1]), path))
+    elif not whole and partial:
+      found.append((0, path))
+  return sorted(found)
+
+
+def _replace(path: Path, content: bytes) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with open(handle, "wb") as stream:
+      stream.write(content)
+      stream.flush()
+      os.fsync(stream.fileno())
+    # mkstemp makes files private; results are for others to read as usual.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(name, 0o666 & ~umask)
+    os.replace(name, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(name)
+    raise
+
+
+# --- one checkpoint ----------------------------------------------------------
+# <sequence>-<phase>/state    the arrays, through orbax
+# <sequence>-<phase>/progress.json    Progress, and the arrays' digest
+
+
+def _digest(state: Any) -> str:
+  """SHA-256 over names, types, shapes and bytes of all arrays."""
+  digest = hashlib.sha256()
+  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+  for path, leaf in leaves:
+    array = np.ascontiguousarray(leaf)
+    digest.update(
+      f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
+    )
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _checkpointer() -> Any:
+  # Slow to import, and not needed before the first checkpoint.
+  import orbax.checkpoint as ocp
+
+  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
+  partial = path.with_name(f".{path.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir()
+    try:
+      _checkpointer().save((partial / "state").absolute(), _as_dict(state))
+    except OSError:
+      raise
+    except Exception as error:  # TensorStore has errors of its own.
+      raise OSError(_first_line(error)) from error
+    record = {**dataclasses.asdict(progress), "sha256": _digest(state)}
+    _replace(partial / "progress.json", json.dumps(record, indent=2).encode())
+    os.replace(partial, path)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or ["no message"])[0][:200]
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+  """Leaves by name: a form that any orbax version reads back alike."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def read_progress(path: Path) -> Progress:
+  """Reads what a checkpoint says beside its arrays.
+
+  Args:
+    path: the checkpoint's folder.
+
+  Returns:
+    Its progress.
+
+  Raises:
+    errors.CheckpointError: it is damaged.
+  """
+  return _read_record(path)[0]
+
+
+def _read_record(path: Path) -> tuple[Progress, str]:
+  try:
+    record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    digest = record.pop("sha256")
+    return Progress(**record), digest
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    raise errors.CheckpointError(
+      f"checkpoint {path} is damaged: its progress.json cannot be read"
+      f" ({_first_line(error)}); nothing was overwritten."
+    ) from error
+
+
+def read_checkpoint(path: Path, like: Any) -> Any:
+  """Reads a checkpoint's arrays and checks them bit by bit.
+
+  Args:
+    path: the checkpoint's folder.
+    like: a pytree of arrays (or shapes) of the expected structure.
+
+  Returns:
+    A pytree of NumPy arrays.
+
+  Raises:
+    errors.CheckpointError: it is damaged or belongs to another model.
+  """
+  _, digest = _read_record(path)
+  try:
+    stored = _checkpointer().restore((path / "state").absolute())
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(leaf_path) for leaf_path, _ in leaves]
+    arrays = [np.asarray(stored[name]) for name in names]
+  except Exception as error:  # Orbax and TensorStore raise all kinds.
+    raise errors.CheckpointError(
+      f"checkpoint {path} is damaged or of another model"
+      f" ({type(error).__name__}: {_first_line(error)}); nothing was"
+      " overwritten."
+    ) from error
+  for name, array, (_, leaf) in zip(names, arrays, leaves, strict=True):
+    if array.shape != leaf.shape or array.dtype != leaf.dtype:
+      raise errors.CheckpointError(
+        f"checkpoint {path} is of another model: {name} is {array.dtype}"
+        f" {array.shape}, not {leaf.dtype} {leaf.shape}."
+      )
+  state = jax.tree.unflatten(tree, arrays)
+  if _digest(state) != digest:
+    raise errors.CheckpointError(
+      f"checkpoint {path} is damaged: its arrays are not those that were"
+      " saved; nothing was overwritten."
+    )
+  return state
