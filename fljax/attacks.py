@@ -138,13 +138,18 @@ def backdoor(
 
   def poison(client: Federation, key: Array) -> Federation:
     samples = client.mask.shape[0]
-    scores = jnp.where(client.mask, jax.random.uniform(key, (samples,)), 2.0)
-    place = jnp.argsort(jnp.argsort(scores))
-    count = jnp.round(fraction * client.mask.sum()).astype(jnp.int32)
-    gives_way = client.attacker & client.mask & (place < count)
-    kept_victim = client.mask & ~gives_way & (client.labels == victim_label)
-    # Without a victim image among those kept there is nothing to poison.
-    gives_way &= kept_victim.any()
+    victim = client.mask & (client.labels == victim_label)
+    scores = jax.random.uniform(key, (samples,))
+    # Samples give way in the order of their scores: one victim image comes
+    # last, so that at least it is kept, and padding after that.
+    last = jnp.argmax(jnp.where(victim, scores, -1.0))
+    scores = jnp.where(jnp.arange(samples) == last, 1.5, scores)
+    place = jnp.argsort(jnp.argsort(jnp.where(client.mask, scores, 2.0)))
+    size = client.mask.sum().astype(jnp.float32)
+    count = jnp.round(fraction * size).astype(jnp.int32)
+    # Without any victim image there is nothing to poison.
+    gives_way = client.attacker & client.mask & (place < count) & victim.any()
+    kept_victim = victim & ~gives_way
     victims = jnp.argsort(~kept_victim, stable=True)
     source = victims[place % jnp.maximum(kept_victim.sum(), 1)]
     source = jnp.where(gives_way, source, jnp.arange(samples))

@@ -115,6 +115,13 @@ class Config:
     " default.",
     choices=tuple(layers.INITIALISERS),
   )
+  normalisation: str = _setting(
+    "unit",
+    "How images reach the network, after they are limited to their range:"
+    " 'unit' scales it to [0, 1], 'standard' also shifts and scales to mean 0"
+    " and deviation 1.",
+    choices=("unit", "standard"),
+  )
   seed: int = _setting(
     0,
     "Seed of everything random: partition, initial weights, batches,"
@@ -129,7 +136,7 @@ class Config:
     0, "Clients sampled in each round (k·N); 0 takes all.", low=0
   )
   samples_per_client: int = _setting(
-    600,
+    1500,
     "Training images per client (n_i); with the Dirichlet partition, on"
     " average.",
     low=1,

@@ -121,7 +121,20 @@ def accuracy(
     logits = models.apply(model, params, batch.images)
     return count_hits(logits, batch.labels, batch.mask)
 
-  return lax.map(hits, examples).sum() / examples.mask.sum()
+  return share(lax.map(hits, examples).sum(), examples.mask)
+
+
+def share(hits: Array, mask: Array) -> Array:
+  """Hits as a share of the examples that count.
+
+  Args:
+    hits: int32 [...].
+    mask: bool, any shape, False for padding.
+
+  Returns:
+    float32 [...]; NaN if no example counts.
+  """
+  return hits.astype(jnp.float32) / mask.sum().astype(jnp.float32)
 
 
 def count_hits(logits: Array, labels: Array, mask: Array) -> Array:

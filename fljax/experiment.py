@@ -135,12 +135,14 @@ def setup(config: Config) -> Experiment:
 
   backend = jax.default_backend()
   forms = layers.default_forms(backend)
+  normalisation: dict[str, tuple[float, ...]] = {}
+  if config.normalisation == "standard":
+    normalisation = {"mean": dataset.mean, "std": dataset.std}
   model = models.build(
     config.model,
     image_shape=image_shape,
     num_classes=dataset.num_classes,
-    mean=dataset.mean,
-    std=dataset.std,
+    **normalisation,
     initialisation=config.initialisation,
     forms=layers.Forms(
       conv=forms.conv if config.conv == "auto" else config.conv,

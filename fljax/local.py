@@ -144,7 +144,7 @@ def sgd_training(
       new = models.mask_neurons(
         model, optax.apply_updates(params, updates), neuron_mask
       )
-      count = mask.sum()
+      count = mask.sum().astype(jnp.float32)
       carry = jax.tree.map(
         lambda new, old: jnp.where(count > 0, new, old),
         (new, new_state),

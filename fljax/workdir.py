@@ -153,7 +153,9 @@ class Workdir:
     """Writes a JSON file of the folder in one piece."""
     path = self.path / name
     with self.writing(path):
-      _replace(path, (json.dumps(value, indent=2) + "\n").encode())
+      _replace(
+        path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+      )
 
   def write_text(self, name: str, text: str) -> None:
     """Writes a text file of the folder in one piece."""
@@ -350,12 +352,14 @@ def _checkpointer() -> Any:
 
 
 def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
+  arrays = _as_dict(state)
   partial = path.with_name(f".{path.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
     partial.mkdir()
+    _reserve(partial / "room", 2 * sum(x.nbytes for x in arrays.values()))
     try:
-      _checkpointer().save((partial / "state").absolute(), _as_dict(state))
+      _checkpointer().save((partial / "state").absolute(), arrays)
     except OSError:
       raise
     except Exception as error:  # TensorStore has errors of its own.
@@ -366,6 +370,20 @@ def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+def _reserve(path: Path, size: int) -> None:
+  """Fails if there is no room for so many bytes, and takes none.
+
+  On a full disk orbax writes pages of tracebacks from its threads before it
+  raises; this raises at once, and in one sentence.
+  """
+  with open(path, "wb") as stream:
+    while size > 0:
+      size -= stream.write(bytes(min(size, 1 << 20)))
+    stream.flush()
+    os.fsync(stream.fileno())
+  path.unlink()
 
 
 def _first_line(error: Exception) -> str:

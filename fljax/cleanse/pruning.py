@@ -141,7 +141,8 @@ def pruning_curve(
     active = model.activations(params, model.stem(params, batch.images))
     return hits_along(model, params, order, active, batch.labels, batch.mask)
 
-  return lax.map(one_batch, examples).sum(axis=0) / examples.mask.sum()
+  hits = lax.map(one_batch, examples).sum(axis=0)
+  return evaluate.share(hits, examples.mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)

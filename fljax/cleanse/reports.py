@@ -55,8 +55,8 @@ def client_mean(
         images, client.labels[indices], inside & client.mask[indices]
       )
 
-    sums = lax.map(one_batch, starts).sum(axis=0)
-    return sums / jnp.maximum(client.mask.sum(), 1)
+    sums = lax.map(one_batch, starts).sum(axis=0).astype(jnp.float32)
+    return sums / jnp.maximum(client.mask.sum(), 1).astype(jnp.float32)
 
   return lax.map(one_client, federation)
 
@@ -88,7 +88,7 @@ def client_activations(
   def total(images: Array, labels: Array, mask: Array) -> Array:
     del labels
     active = model.activations(params, model.stem(params, images))
-    means = active.reshape(len(images), -1, model.neurons).mean(axis=1)
+    means = active.reshape(images.shape[0], -1, model.neurons).mean(axis=1)
     return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
 
   return client_mean(total, federation)

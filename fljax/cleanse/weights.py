@@ -30,17 +30,18 @@ def statistics(
       every pruned neuron.
 
   Returns:
-    μ and σ (of the population), scalars.
+    μ and σ (of the population), scalars; 0 if no neuron survives.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-C.
   """
-  if over == "all":
-    return kernel.mean(), kernel.std()
-  keep = neuron_mask.reshape((1,) * (kernel.ndim - 1) + (-1,))
-  keep = jnp.broadcast_to(keep, kernel.shape)
-  return kernel.mean(where=keep), kernel.std(where=keep)
+  keep = neuron_mask | (over == "all")
+  keep = keep.reshape((1,) * (kernel.ndim - 1) + (-1,))
+  counted = jnp.broadcast_to(keep, kernel.shape).astype(kernel.dtype)
+  count = jnp.maximum(counted.sum(), 1)
+  mean = (kernel * counted).sum() / count
+  return mean, jnp.sqrt((jnp.square(kernel - mean) * counted).sum() / count)
 
 
 STATISTICS = ("surviving", "all")
@@ -135,7 +136,7 @@ def accuracy_from_stem(
     logits = model.head(params, active)
     return evaluate.count_hits(logits, batch.labels, batch.mask)
 
-  return lax.map(hits, cached).sum() / cached.mask.sum()
+  return evaluate.share(lax.map(hits, cached).sum(), cached.mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,165 @@
+import chex
+from conftest import make_federation
+from conftest import make_images
+from conftest import make_round
+from conftest import make_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import attacks
+from fljax import evaluate
+from fljax import models
+from fljax import rounds
+from fljax.cleanse import pipeline
+from fljax.cleanse import reports
+from fljax.cleanse import selection
+
+
+@pytest.fixture(scope="module")
+def trained(model):
+  """A backdoored model, its federation and validation images."""
+  federation, attack = make_federation(samples=40, gamma=2.0)
+  block = rounds.make_block(make_round(model, attack))
+  state, _ = block(make_state(model), federation, jax.random.key(11), 20)
+  validation = evaluate.batched(*make_images(60, seed=9))
+  return state.params, federation, validation
+
+
+def _accuracy(model, params, validation):
+  return float(evaluate.accuracy(model, params, validation))
+
+
+@pytest.mark.parametrize("method", ["rap", "mvp"])
+@pytest.mark.parametrize("max_drop", [0.0, 0.02, 0.3])
+def test_pruning_goes_as_far_as_the_floor_allows(
+  model, trained, method, max_drop
+):
+  params, federation, validation = trained
+  means = reports.client_activations(model, params, federation)
+  pruned = pipeline.prune(
+    model,
+    params,
+    means,
+    pipeline.validation_curves(model, validation).pruning,
+    method=method,
+    max_drop=max_drop,
+  )
+  floor = _accuracy(model, params, validation) - max_drop
+  assert _accuracy(model, pruned.params, validation) >= floor - 1e-6
+  assert int((~pruned.neuron_mask).sum()) == pruned.num_pruned
+  assert pruned.accuracies[pruned.num_pruned + 1] < floor
+  chex.assert_trees_all_equal(
+    models.mask_neurons(model, pruned.params, pruned.neuron_mask),
+    pruned.params,
+  )
+
+
+@pytest.mark.parametrize("statistics_over", ["surviving", "all"])
+def test_adjusting_goes_as_far_as_the_floor_allows(
+  model, trained, statistics_over
+):
+  params, _, validation = trained
+  mask = jnp.asarray([True] * 5 + [False])
+  params = models.mask_neurons(model, params, mask)
+  adjusted = pipeline.adjust(
+    model,
+    params,
+    mask,
+    pipeline.validation_curves(model, validation).delta,
+    start=5.0,
+    step=0.25,
+    max_drop=0.02,
+    statistics_over=statistics_over,
+  )
+  floor = _accuracy(model, params, validation) - 0.02
+  assert adjusted.accuracies[-1] < floor <= adjusted.accuracies[-2]
+  assert adjusted.delta == adjusted.deltas[-2]
+  assert _accuracy(model, adjusted.params, validation) >= floor - 1e-6
+  before = models.target_kernel(model, params)
+  after = models.target_kernel(model, adjusted.params)
+  gone = (before != 0) & (after == 0)
+  assert adjusted.zeroed == int(gone.sum()) > 0
+  distance = np.abs(np.asarray(before) - adjusted.mean) / adjusted.std
+  assert distance[np.asarray(gone)].min() > adjusted.delta - 1e-4
+
+
+def test_a_first_step_that_is_too_much_changes_nothing(model, trained):
+  params, _, validation = trained
+  adjusted = pipeline.adjust(
+    model,
+    params,
+    jnp.ones(model.neurons, bool),
+    pipeline.validation_curves(model, validation).delta,
+    start=0.01,
+    step=0.01,
+  )
+  assert adjusted.delta == np.inf and adjusted.zeroed == 0
+  chex.assert_trees_all_equal(adjusted.params, params)
+
+
+def test_the_search_takes_no_more_steps_than_it_needs(model, trained):
+  params, _, _ = trained
+  taken = []
+
+  def accuracies(params, mean, std, deltas):
+    for delta in deltas:
+      taken.append(delta)
+      yield 0.9 if delta > 4 else 0.5
+
+  adjusted = pipeline.adjust(
+    model,
+    params,
+    jnp.ones(model.neurons, bool),
+    accuracies,
+    start=5.0,
+    step=0.5,
+  )
+  assert taken == [np.inf, 5.0, 4.5, 4.0]
+  assert adjusted.delta == 4.5
+
+
+def _reported(model, trained, name, trim):
+  _, federation, _ = trained
+  report = attacks.REPORTS[name].report
+  return pipeline.reported_curves(
+    model,
+    federation,
+    trim=trim,
+    report=lambda values: report(values, federation, kind="accuracies"),
+  )
+
+
+@pytest.mark.parametrize("lie", ["stop_pruning", "ruin_model"])
+def test_liars_about_accuracy_are_outweighed(model, trained, lie):
+  """One of four lies; trimming leaves a result near that of honest reports."""
+  params, federation, _ = trained
+  means = reports.client_activations(model, params, federation)
+
+  def pruned(name, trim):
+    curves = _reported(model, trained, name, trim)
+    return pipeline.prune(model, params, means, curves.pruning, max_drop=0.05)
+
+  honest = pruned("honest", 0.25).num_pruned
+  assert abs(pruned(lie, 0.25).num_pruned - honest) <= 1
+  # Without trimming, a lie moves the choice: that is what trimming is for.
+  curve = pruned(lie, 0.0).accuracies
+  truth = pruned("honest", 0.0).accuracies
+  assert np.abs(curve - truth).max() > 0.05
+
+
+def test_weights_can_be_adjusted_without_validation_images(model, trained):
+  params, _, _ = trained
+  adjusted = pipeline.adjust(
+    model,
+    params,
+    jnp.ones(model.neurons, bool),
+    _reported(model, trained, "honest", 0.0).delta,
+    start=5.0,
+    step=0.5,
+    max_drop=0.3,
+  )
+  kept = selection.last_above(adjusted.accuracies, adjusted.accuracies[0] - 0.3)
+  assert adjusted.deltas[kept] == adjusted.delta
+  assert adjusted.zeroed > 0

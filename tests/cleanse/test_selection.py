@@ -1,0 +1,56 @@
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from fljax.cleanse import selection
+
+ACCURACIES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+@given(accuracies=ACCURACIES, floor=st.floats(0, 1))
+def test_the_failing_step_is_undone(accuracies, floor):
+  """Everything up to the chosen step holds the floor; the next one fails."""
+  chosen = selection.last_above(np.asarray(accuracies), floor)
+  assert all(a >= floor for a in accuracies[1 : chosen + 1])
+  if chosen + 1 < len(accuracies):
+    assert accuracies[chosen + 1] < floor
+
+
+@pytest.mark.parametrize(
+  "accuracies, floor, chosen",
+  [
+    ([0.9, 0.9, 0.8, 0.9], 0.85, 1),  # A later recovery does not count.
+    ([0.9, 0.8], 0.85, 0),
+    ([0.9, 0.85], 0.85, 1),  # Reaching the floor exactly is allowed.
+    ([0.9, 0.9, 0.9], 0.85, 2),
+    ([0.9, float("nan"), 0.9], 0.85, 0),
+    ([0.2], 0.85, 0),
+  ],
+)
+def test_the_last_step_before_the_first_failing_one(accuracies, floor, chosen):
+  assert selection.last_above(np.asarray(accuracies), floor) == chosen
+
+
+@given(
+  honest=st.integers(5, 12),
+  liars=st.integers(0, 3),
+  seed=st.integers(0, 99),
+  lie=st.sampled_from([0.0, 1.0]),
+)
+def test_a_minority_of_liars_cannot_leave_the_honest_range(
+  honest, liars, seed, lie
+):
+  reports = np.random.default_rng(seed).uniform(0.4, 0.6, (honest, 4))
+  told = np.concatenate([np.full((liars, 4), lie), reports])
+  combined = selection.trimmed_mean(told, liars / len(told))
+  assert (combined >= reports.min(axis=0) - 1e-12).all()
+  assert (combined <= reports.max(axis=0) + 1e-12).all()
+
+
+def test_the_trimmed_mean_leaves_something_over():
+  reports = np.asarray([[0.1], [0.5], [0.9]])
+  assert selection.trimmed_mean(reports, 0.49)[0] == 0.5
+  assert selection.trimmed_mean(reports, 0.0)[0] == pytest.approx(0.5)
+  assert selection.trimmed_mean(reports[:1], 0.3)[0] == 0.1
+  assert selection.trimmed_mean(reports[:2], 0.3)[0] == pytest.approx(0.3)

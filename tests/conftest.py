@@ -1,0 +1,152 @@
+"""Shared settings and small worlds for the tests.
+
+Under pytest JAX refuses implicit dtype and rank promotion, and any warning is
+an error: what passes here passes quietly for users.
+"""
+
+import os
+from pathlib import Path
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test may depend on, or leave anything in, the user's cache.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
+from flax import linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fljax import aggregators
+from fljax import attacks
+from fljax import federation as federations
+from fljax import local
+from fljax import models
+from fljax import partition as partitions
+from fljax import rounds
+from fljax import triggers
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+  "fljax",
+  deadline=None,
+  derandomize=True,
+  max_examples=25,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("fljax")
+
+ROOT = Path(__file__).parent.parent
+IMAGE_SHAPE = (8, 8, 1)
+NUM_CLASSES = 4
+VICTIM, TARGET = 3, 1
+TRIGGER = [(-1, -1), (-1, -2), (-2, -1), (-2, -2)]
+
+
+class Stem(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
+
+
+class Target(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Conv(6, (3, 3))(x))
+
+
+class Head(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(NUM_CLASSES)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="session")
+def model():
+  """A user's own network of plain Flax layers, small enough for a test."""
+  return models.from_flax(
+    stem=Stem(),
+    target=Target(),
+    head=Head(),
+    image_shape=IMAGE_SHAPE,
+    num_classes=NUM_CLASSES,
+    mean=(0.3,),
+    std=(0.4,),
+  )
+
+
+@pytest.fixture(scope="session")
+def params(model):
+  return model.init(jax.random.key(7))
+
+
+def make_images(count, seed=0):
+  """Images that a small network can tell apart: a bright row per label."""
+  rng = np.random.default_rng(seed)
+  labels = np.arange(count) % NUM_CLASSES
+  images = rng.integers(0, 60, (count, *IMAGE_SHAPE), np.uint8)
+  for label in range(NUM_CLASSES):
+    images[labels == label, 2 * label] += 150
+  return images, labels.astype(np.int32)
+
+
+def make_federation(
+  *, clients=4, samples=10, attackers=1, gamma=1.0, fraction=0.3, start=0
+):
+  """A poisoned federation and the attack that poisoned it."""
+  images, labels = make_images(clients * samples)
+  partition = partitions.iid(
+    np.arange(len(images)),
+    num_clients=clients,
+    samples_per_client=samples,
+    rng=np.random.default_rng(1),
+  )
+  federation = federations.create(
+    images,
+    labels,
+    partition,
+    num_attackers=attackers,
+    pieces=[triggers.from_pixels(TRIGGER, IMAGE_SHAPE)],
+    attack_start=start,
+  )
+  attack = attacks.chain(
+    attacks.backdoor(
+      victim_label=VICTIM, target_label=TARGET, fraction=fraction
+    ),
+    attacks.model_replacement(gamma),
+  )
+  return attack.data(federation, jax.random.key(2)), attack
+
+
+def make_training(model, *, momentum=0.5, epochs=2, **options):
+  return local.sgd_training(
+    model,
+    optax.sgd(0.05, momentum=momentum),
+    epochs=epochs,
+    batch_size=4,
+    **options,
+  )
+
+
+def make_round(model, attack=None, **options):
+  training = options.pop("training", None) or make_training(model)
+  options.setdefault("aggregator", aggregators.mean())
+  return rounds.make_round(
+    model, training, attack=attack or attacks.Attack(), **options
+  )
+
+
+def make_state(model, seed=7):
+  return rounds.init_state(model, aggregators.mean(), jax.random.key(seed))
+
+
+def copy(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,144 @@
+import chex
+from conftest import TARGET
+from conftest import VICTIM
+from conftest import make_federation
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import attacks
+from fljax import federation as federations
+
+
+def make_backdoor(fraction):
+  return attacks.backdoor(
+    victim_label=VICTIM, target_label=TARGET, fraction=fraction
+  )
+
+
+@given(
+  attackers=st.integers(0, 4),
+  fraction=st.sampled_from([0.1, 0.25, 0.5, 0.9]),
+)
+def test_poisoning_keeps_the_number_of_samples(attackers, fraction):
+  clean, _ = make_federation(attackers=0, samples=20)
+  federation, _ = make_federation(
+    attackers=attackers, samples=20, fraction=fraction
+  )
+  chex.assert_trees_all_equal(federation.mask, clean.mask)
+  poisoned = np.asarray(federation.poisoned)
+  assert not poisoned[attackers:].any()
+  for client in range(attackers):
+    own = poisoned[client]
+    assert own.sum() == round(fraction * 20)
+    labels = np.asarray(federation.labels[client])
+    assert (labels[own] == TARGET).all()
+    # What was not replaced is as it was.
+    np.testing.assert_array_equal(
+      federation.images[client][~own], clean.images[client][~own]
+    )
+    np.testing.assert_array_equal(labels[~own], clean.labels[client][~own])
+
+
+def test_backdoored_versions_are_of_kept_victim_images_evenly():
+  federation, _ = make_federation(samples=40, fraction=0.3)
+  own = np.asarray(federation.poisoned[0])
+  labels = np.asarray(federation.labels[0])
+  images = np.asarray(federation.images[0]).reshape(40, -1)
+  kept = images[~own & (labels == VICTIM)]
+  uses = [int((images[own] == image).all(axis=1).sum()) for image in kept]
+  assert sum(uses) == own.sum() == 12
+  assert max(uses) - min(uses) <= 1
+
+
+def test_poisoning_does_not_depend_on_the_order_of_clients():
+  federation, _ = make_federation(attackers=0, samples=20)
+  federation = federation.replace(
+    attacker=jnp.asarray([True, True, False, True])
+  )
+  attack = make_backdoor(0.3)
+  order = jnp.asarray([2, 0, 3, 1])
+  key = jax.random.key(5)
+  chex.assert_trees_all_equal(
+    attack.data(federations.select(federation, order), key),
+    federations.select(attack.data(federation, key), order),
+  )
+
+
+def test_padding_is_never_poisoned():
+  federation, _ = make_federation(attackers=0, samples=20)
+  federation = federation.replace(
+    attacker=jnp.ones(4, bool),
+    mask=federation.mask.at[:, 10:].set(False),
+    labels=federation.labels.at[:, 0].set(VICTIM),
+  )
+  attack = make_backdoor(0.5)
+  poisoned = attack.data(federation, jax.random.key(5)).poisoned
+  assert not poisoned[:, 10:].any()
+  np.testing.assert_array_equal(poisoned.sum(axis=1), [5, 5, 5, 5])
+
+
+def test_an_attacker_without_victim_images_poisons_nothing():
+  federation, _ = make_federation(attackers=0)
+  federation = federation.replace(attacker=jnp.ones(4, bool))
+  attack = attacks.backdoor(victim_label=99, target_label=TARGET, fraction=0.5)
+  after = attack.data(federation, jax.random.key(5))
+  assert not after.poisoned.any()
+  chex.assert_trees_all_equal(after.images, federation.images)
+
+
+@given(gamma=st.floats(1, 10))
+def test_model_replacement_scales_active_attackers_only(gamma):
+  federation, attack = make_federation(attackers=2, gamma=gamma)
+  updates = {"w": jnp.ones((4, 2, 3)), "b": jnp.ones((4,))}
+  active = jnp.asarray([True, False, False, False])
+  scaled = attack.updates(updates, federation, active)
+  np.testing.assert_allclose(scaled["w"][:, 0, 0], [gamma, 1, 1, 1], rtol=1e-6)
+  np.testing.assert_allclose(scaled["b"], [gamma, 1, 1, 1], rtol=1e-6)
+
+
+def test_attackers_begin_in_their_round():
+  federation, _ = make_federation(attackers=2, start=3)
+  for index, expected in ((0, 0), (2, 0), (3, 2), (9, 2)):
+    active = federations.active_attackers(federation, jnp.asarray(index))
+    assert int(active.sum()) == expected
+    counted = federations.training_mask(federation, active)
+    assert bool((counted & federation.poisoned).any()) == bool(expected)
+
+
+@pytest.mark.parametrize("name", sorted(attacks.REPORTS))
+def test_only_attackers_lie_and_only_about_accuracy(name):
+  federation, _ = make_federation(attackers=2)
+  report = attacks.REPORTS[name].report
+  honest = jnp.asarray(np.random.default_rng(0).random((4, 5)), jnp.float32)
+  sent = report(honest, federation, kind="accuracies")
+  chex.assert_trees_all_equal(sent[2:], honest[2:])
+  chex.assert_trees_all_equal(
+    report(honest, federation, kind="activations"), honest
+  )
+  lies = {
+    "honest": honest[:2],
+    "stop_pruning": jnp.asarray([[1.0, 0, 0, 0, 0]] * 2),
+    "ruin_model": jnp.ones((2, 5)),
+  }
+  chex.assert_trees_all_equal(sent[:2], lies[name])
+
+
+def test_a_chain_applies_hooks_in_order():
+  def adding(value):
+    return attacks.Attack(
+      updates=lambda u, c, a: {"w": u["w"] * 2 + value},
+      report=lambda v, f, *, kind: v + value,
+    )
+
+  chained = attacks.chain(adding(1.0), adding(10.0))
+  federation, _ = make_federation()
+  updates = chained.updates({"w": jnp.ones(1)}, federation, federation.attacker)
+  assert float(updates["w"][0]) == (1 * 2 + 1) * 2 + 10
+  assert float(chained.report(jnp.zeros(()), federation, kind="")) == 11
+  chex.assert_trees_all_equal(
+    attacks.chain().data(federation, jax.random.key(0)), federation
+  )

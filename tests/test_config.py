@@ -1,0 +1,103 @@
+import dataclasses
+
+from absl import flags
+from conftest import ROOT
+import pytest
+
+from fljax import config
+from fljax import errors
+
+FIELDS = dataclasses.fields(config.Config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flag_definitions():
+  if "workdir" not in flags.FLAGS:
+    config.define_flags()
+
+
+def parse(*arguments):
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS.flag_values_dict()
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
+  flags.FLAGS(["main", *arguments])
+  return config.from_flags()
+
+
+def test_defaults_are_consistent_and_the_same_from_flags():
+  assert parse() == config.Config()
+
+
+def test_every_setting_is_a_flag_with_help():
+  for field in FIELDS:
+    flag = flags.FLAGS[field.name]
+    assert len(flag.help) > 15
+    assert flag.default == field.default
+
+
+def test_flags_reach_the_config():
+  parsed = parse("--rounds=7", "--gamma=2.5", "--nofigures", "--cleanse=aw")
+  assert (parsed.rounds, parsed.gamma, parsed.figures) == (7, 2.5, False)
+  assert parsed.phases == ("aw",)
+
+
+@pytest.mark.parametrize(
+  "name", sorted(path.name for path in (ROOT / "launch").glob("*.flags"))
+)
+def test_every_flagfile_is_valid(name):
+  parsed = parse(f"--flagfile={ROOT / 'launch' / name}")
+  assert parsed.workdir != config.Config().workdir
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_every_range_is_checked(field):
+  """Each setting with a range refuses what lies outside, and names itself."""
+  data = field.metadata
+  bad = []
+  if data["choices"]:
+    bad.append("no such choice")
+  if data["low"] is not None:
+    bad.append(type(field.default)(data["low"] - 1))
+  if data["above"] is not None:
+    bad.append(type(field.default)(data["above"]))
+  if data["high"] is not None:
+    bad.append(type(field.default)(data["high"] + 1))
+  if isinstance(field.default, float):
+    bad += [float("nan"), float("inf")]
+  bad.append(None)
+  for value in bad:
+    with pytest.raises(errors.ConfigError, match=f"--{field.name}="):
+      dataclasses.replace(config.Config(), **{field.name: value})
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"victim_label": 3, "target_label": 3}, "two different labels"),
+    ({"num_attackers": 11}, "more than --num_clients=10"),
+    ({"clients_per_round": 11}, "more than --num_clients=10"),
+    ({"gamma": 10.5}, "γ goes from 1 to 10"),
+    ({"gamma": 5.5, "clients_per_round": 5}, "γ goes from 1 to 5"),
+    ({"fine_tune_gamma": 20.5, "server_rate": 0.5}, "γ goes from 1 to 20"),
+    ({"cleanse": "fp,fp"}, "at most once"),
+    ({"cleanse": "fp,xx"}, "must name"),
+    ({"workdir": ""}, "workdir must not be empty"),
+  ],
+)
+def test_contradictions_are_refused(changes, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    config.Config(**changes)
+
+
+def test_gamma_may_reach_clients_over_server_rate():
+  assert config.Config(gamma=20.0, server_rate=0.5).gamma == 20
+  # Without an attacker the labels of the attack do not matter.
+  config.Config(num_attackers=0, victim_label=0, target_label=0)
+
+
+def test_the_identity_leaves_out_where_and_what_is_shown():
+  one = config.Config(workdir="a", figures=False, data_dir="x")
+  two = config.Config(workdir="b")
+  assert one.identity() == two.identity()
+  assert one.identity() != config.Config(seed=1).identity()

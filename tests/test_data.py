@@ -1,0 +1,302 @@
+import gzip
+import hashlib
+import io
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from fljax import data
+from fljax import errors
+
+
+@pytest.fixture(autouse=True)
+def no_users_folders(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+
+
+def _write_idx(folder, train=12, test=6, side=4):
+  folder.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for key, file_name in data._IDX_FILES.items():
+    count = train if key.startswith("train") else test
+    shape = (count, side, side) if key.endswith("images") else (count,)
+    array = rng.integers(0, 10, shape, np.uint8)
+    header = bytes([0, 0, 8, array.ndim])
+    header += b"".join(int(n).to_bytes(4, "big") for n in shape)
+    with gzip.open(folder / file_name, "wb") as stream:
+      stream.write(header + array.tobytes())
+    arrays[key] = array
+  return arrays
+
+
+def test_mnist_is_bundled_and_whole():
+  mnist = data.load("mnist")
+  assert mnist.train_images.shape == (60000, 28, 28, 1)
+  assert mnist.test_images.shape == (10000, 28, 28, 1)
+  assert mnist.train_images.dtype == np.uint8
+  assert mnist.train_labels.dtype == np.int32
+  np.testing.assert_array_equal(
+    np.bincount(mnist.test_labels),
+    [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
+  )
+  scaled = mnist.train_images / 255
+  assert scaled.mean() == pytest.approx(mnist.mean[0], abs=1e-4)
+  assert scaled.std() == pytest.approx(mnist.std[0], abs=1e-4)
+  assert hashlib.sha256(
+    b"\0\0\x08\x03\0\0\xea\x60\0\0\0\x1c\0\0\0\x1c"
+    + mnist.train_images.tobytes()
+  ).hexdigest() == (
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
+  )
+
+
+def test_idx_files_are_read_from_a_folder(tmp_path):
+  arrays = _write_idx(tmp_path / "own")
+  for name in ("mnist", "fashion_mnist"):
+    loaded = data.load(name, str(tmp_path / "own"))
+    np.testing.assert_array_equal(
+      loaded.train_images[..., 0], arrays["train_images"]
+    )
+    np.testing.assert_array_equal(loaded.test_labels, arrays["test_labels"])
+
+
+def test_fashion_mnist_is_found_where_debian_puts_it(tmp_path):
+  arrays = _write_idx(tmp_path / "debian")
+  loaded = data.load("fashion_mnist")
+  np.testing.assert_array_equal(
+    loaded.test_images[..., 0], arrays["test_images"]
+  )
+
+
+def _prepare_tfds(root, version="3.0.2", shape=(4, 4, 3)):
+  """Writes what TFDS leaves when it prepares ArrayRecord files."""
+  import tensorflow_datasets as tfds
+
+  rng = np.random.default_rng(0)
+  arrays = {
+    split: rng.integers(0, 255, (count, *shape), np.uint8)
+    for split, count in (("train", 9), ("test", 5))
+  }
+
+  class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # TFDS looks for a package around a builder's module.
+    __module__ = "fljax.data"
+    VERSION = tfds.core.Version(version)
+
+    def _info(self):
+      return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict(
+          {
+            "image": tfds.features.Image(shape=shape, encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=10),
+          }
+        )
+      )
+
+    def _split_generators(self, dl_manager):
+      return {split: self._generate_examples(split) for split in arrays}
+
+    def _generate_examples(self, split):
+      for index, image in enumerate(arrays[split]):
+        # Without TensorFlow, TFDS takes images that are encoded already.
+        encoded = io.BytesIO()
+        PIL.Image.fromarray(image).save(encoded, format="png")
+        encoded.seek(0)
+        yield index, {"image": encoded, "label": index % 10}
+
+  builder = Cifar10(data_dir=str(root), file_format="array_record")
+  builder.download_and_prepare()
+  return arrays
+
+
+def test_without_tensorflow_nothing_imports_it():
+  code = (
+    "import sys, fljax.experiment, fljax.data as d; d.load('mnist');"
+    "heavy = [m for m in ('tensorflow', 'tensorflow_datasets', 'matplotlib',"
+    " 'orbax') if m in sys.modules]; assert not heavy, heavy"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_cannot_be_found_says_where_and_what_to_do(tmp_path):
+  with pytest.raises(errors.DataError, match=r"tfds.*--data_dir"):
+    data.load("cifar10")
+  with pytest.raises(errors.DataError, match=r"debian.*dataset-fashion-mnist"):
+    data.load("fashion_mnist")
+  with pytest.raises(errors.DataError, match=r"nowhere.*leave out --data_dir"):
+    data.load("mnist", str(tmp_path / "nowhere"))
+  with pytest.raises(errors.DataError, match=r"unknown data set 'svhn'"):
+    data.load("svhn")
+
+
+def _flipped(raw, position):
+  flipped = bytes([raw[position] ^ 255])
+  return raw[:position] + flipped + raw[position + 1 :]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty", "gone"])
+def test_a_damaged_idx_file_is_named(tmp_path, damage):
+  _write_idx(tmp_path)
+  path = tmp_path / "t10k-images-idx3-ubyte.gz"
+  raw = path.read_bytes()
+  if damage == "cut":
+    path.write_bytes(raw[: len(raw) // 2])
+  elif damage == "flip":
+    middle = len(raw) // 2
+    path.write_bytes(_flipped(raw, middle))
+  elif damage == "header":
+    path.write_bytes(gzip.compress(b"not idx at all"))
+  elif damage == "empty":
+    path.write_bytes(gzip.compress(gzip.decompress(raw)[:-3]))
+  else:
+    path.unlink()
+  with pytest.raises(errors.DataError, match=path.name):
+    data.load("mnist", str(tmp_path))
+
+
+# --- a user's own data -------------------------------------------------------
+
+
+def _own(count=12, **changes):
+  rng = np.random.default_rng(0)
+  return {
+    "images": rng.integers(0, 255, (count, 5, 6), np.uint8),
+    "labels": np.arange(count) % 3,
+    **changes,
+  }
+
+
+def _load(tmp_path, arrays):
+  path = tmp_path / "own.npz"
+  np.savez(path, **arrays)
+  return data.load(str(path))
+
+
+def test_an_npz_of_images_and_labels_is_split(tmp_path):
+  arrays = _own()
+  loaded = _load(tmp_path, arrays)
+  assert loaded.name == "own" and loaded.num_classes == 3
+  assert loaded.train_images.shape == (10, 5, 6, 1)
+  assert loaded.test_images.shape == (2, 5, 6, 1)
+  images = np.concatenate([loaded.train_images, loaded.test_images])[..., 0]
+  labels = np.concatenate([loaded.train_labels, loaded.test_labels])
+  pairs = zip(images, labels, strict=True)
+  expected = zip(arrays["images"], arrays["labels"], strict=True)
+  key = lambda pair: pair[0].tobytes()  # noqa: E731
+  for one, two in zip(
+    sorted(pairs, key=key), sorted(expected, key=key), strict=True
+  ):
+    np.testing.assert_array_equal(one[0], two[0])
+    assert one[1] == two[1]
+  again = _load(tmp_path, arrays)
+  np.testing.assert_array_equal(again.test_images, loaded.test_images)
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+  ],
+)
+def test_an_npz_with_a_test_split_keeps_it(tmp_path, names):
+  one, two = _own(12), _own(4)
+  parts = (one["images"], one["labels"], two["images"], two["labels"])
+  loaded = _load(tmp_path, dict(zip(names, parts, strict=True)))
+  assert loaded.train_images.shape == (12, 5, 6, 1)
+  np.testing.assert_array_equal(loaded.test_images[..., 0], two["images"])
+
+
+def test_images_in_the_unit_interval_become_256_levels(tmp_path):
+  levels = (np.arange(12 * 30).reshape(12, 5, 6) % 256).astype(np.uint8)
+  loaded = _load(tmp_path, _own(images=levels / 255))
+  expected = _load(tmp_path, _own(images=levels))
+  np.testing.assert_array_equal(loaded.test_images, expected.test_images)
+  np.testing.assert_array_equal(loaded.train_images, expected.train_images)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"images": np.zeros((12, 5))}, "has shape"),
+    ({"labels": np.zeros(11, int)}, "need as many labels"),
+    ({"labels": np.zeros(12)}, "must be integers"),
+    ({"labels": np.full(12, -1)}, "must be integers from 0"),
+    ({"images": np.full((12, 5, 6), 7.0)}, "must be uint8"),
+    ({"images": np.full((12, 5, 6), np.nan)}, "must be uint8"),
+  ],
+)
+def test_what_is_no_data_set_is_refused(tmp_path, changes, message):
+  with pytest.raises(errors.DataError, match=f"own.npz.*{message}"):
+    _load(tmp_path, _own(**changes))
+
+
+def test_other_npz_files_are_refused(tmp_path):
+  with pytest.raises(errors.DataError, match="holds a, b: it needs"):
+    _load(tmp_path, {"a": np.zeros(1), "b": np.zeros(1)})
+  with pytest.raises(errors.DataError, match="does not exist"):
+    data.load(str(tmp_path / "none.npz"))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+  class Bomb:
+    def __reduce__(self):
+      return (pytest.fail, ("code was run",))
+
+  with pytest.raises(errors.DataError, match="damaged or is no"):
+    _load(tmp_path, _own(images=np.asarray([Bomb()] * 12, object)))
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+  path = tmp_path / "own.npz"
+  np.savez(path, **_own())
+  raw = path.read_bytes()
+  path.write_bytes(_flipped(raw, 200))
+  with pytest.raises(errors.DataError, match=r"own\.npz is damaged"):
+    data.load(str(path))
+
+
+# --- TensorFlow Datasets -----------------------------------------------------
+
+
+def test_a_prepared_directory_is_decoded_once(tmp_path, monkeypatch):
+  arrays = _prepare_tfds(tmp_path / "tfds")
+  loaded = data.load("cifar10")
+  # TFDS shuffles when it prepares, and keeps each image with its label.
+  for split, images in (
+    ("train", loaded.train_images),
+    ("test", loaded.test_images),
+  ):
+    expected = sorted(image.tobytes() for image in arrays[split])
+    assert sorted(image.tobytes() for image in images) == expected
+  for image, label in zip(
+    loaded.train_images, loaded.train_labels, strict=True
+  ):
+    np.testing.assert_array_equal(image, arrays["train"][label])
+
+  def fail(*_):
+    raise AssertionError("decoded again")
+
+  monkeypatch.setattr(data, "_decode", fail)
+  again = data.load("cifar10")
+  np.testing.assert_array_equal(again.train_images, loaded.train_images)
+  # Another copy, or a newer one, is not the one in the cache.
+  (cached,) = (tmp_path / "cache/fljax/data").iterdir()
+  next((tmp_path / "tfds/cifar10/3.0.2").glob("*train*")).touch()
+  with pytest.raises(AssertionError, match="decoded again"):
+    data.load("cifar10")
+  cached.write_bytes(cached.read_bytes()[:-50])
+
+
+def test_a_damaged_prepared_directory_is_named(tmp_path):
+  _prepare_tfds(tmp_path / "tfds")
+  (path,) = (tmp_path / "tfds/cifar10/3.0.2").glob("*train*")
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(errors.DataError, match=r"3\.0\.2 is damaged"):
+    data.load("cifar10")

@@ -1,0 +1,336 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import NUM_CLASSES
+from conftest import ROOT
+from conftest import make_images
+import jax
+import numpy as np
+import pytest
+
+from fljax import config as configs
+from fljax import errors
+from fljax import experiment
+from fljax import models
+from fljax import workdir as workdirs
+
+
+class _TinyArchitecture:
+  """A network for 8 x 8 images, so that whole runs take seconds."""
+
+  NAME = "tiny"
+  VALUE = models._Architecture((6, "pool"), 8, 3, 1, True, (16,))
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "rows.npz"
+  images, labels = make_images(600)
+  np.savez(path, images=images, labels=labels)
+  return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+  models.MODELS[_TinyArchitecture.NAME] = _TinyArchitecture.VALUE
+  field = configs.Config.__dataclass_fields__["model"]
+  choices = field.metadata["choices"]
+  field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
+  yield
+  field.metadata = {**field.metadata, "choices": choices}
+  del models.MODELS[_TinyArchitecture.NAME]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+  """Compiled programs, kept between the runs of this module."""
+  return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def config(own_data, programs, tmp_path):
+  return configs.Config(
+    workdir=str(tmp_path / "run"),
+    dataset=str(own_data),
+    model="tiny",
+    num_clients=4,
+    samples_per_client=80,
+    labels_per_client=3,
+    validation_size=60,
+    rounds=6,
+    eval_every=2,
+    checkpoint_every=2,
+    fine_tune_rounds=3,
+    victim_label=3,
+    target_label=1,
+    trigger="pixel3",
+    gamma=2.0,
+    learning_rate=0.2,
+    batch_size=5,
+    delta_step=1.0,
+    compilation_cache=str(programs),
+    figures=False,
+  )
+
+
+def _with(config, **changes):
+  return dataclasses.replace(config, **changes)
+
+
+def _final(config):
+  """Results without times, and the final parameters."""
+  workdir = workdirs.Workdir(config.workdir, config.identity())
+  with workdir:
+    results = workdir.results()
+    lines = workdir.metrics()
+    state, _ = workdir.restore(experiment.setup(config).init_state())
+  for phase in results["phases"]:
+    phase.pop("seconds")
+  return results, lines, jax.tree.map(np.asarray, state)
+
+
+def _assert_same(one, two):
+  assert one[0] == two[0] and one[1] == two[1]
+  for a, b in zip(
+    jax.tree.leaves(one[2]), jax.tree.leaves(two[2]), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+# --- what a run leaves -------------------------------------------------------
+
+
+def test_a_run_leaves_what_is_promised(config):
+  config = _with(config, figures=True)
+  results = experiment.run(config, quiet=True)
+  names = [phase["name"] for phase in results["phases"]]
+  assert names == ["training", "fp", "fp+aw", "fp+ft", "all"]
+  for phase in results["phases"]:
+    assert 0 <= phase["test_accuracy"] <= 1
+    assert 0 <= phase["attack_success"] <= 1
+    assert phase["seconds"] > 0
+  training, fp, fp_aw, ft, whole = results["phases"]
+  assert training["test_accuracy"] > 0.9
+  assert 0 <= fp["pruned_neurons"] <= fp["neurons"] == 8
+  assert ft["fine_tune_rounds"] == 3
+  for phase in (fp_aw, whole):
+    assert phase["zeroed_weights"] >= 0 and "delta" in phase
+  assert results["seed"] == 0 and results["config"] == config.identity()
+  assert results["environment"]["backend"] == jax.default_backend()
+
+  folder = experiment.workdirs.Path(config.workdir)
+  assert json.loads((folder / "results.json").read_text()) == results
+  lines = [
+    json.loads(line)
+    for line in (folder / "metrics.jsonl").read_text().splitlines()
+  ]
+  phases = [line["phase"] for line in lines]
+  assert phases.count("training") == 3 and phases.count("fp") == 9
+  assert phases.count("fp+ft") == 3
+  assert [line["round"] for line in lines[:3]] == [2, 4, 6]
+  figures = {path.name for path in (folder / "figures").iterdir()}
+  assert figures == {
+    "trigger.png",
+    "training.png",
+    "pruning_fp.png",
+    "delta_fp_aw.png",
+    "fp_ft.png",
+    "delta_all.png",
+  }
+  assert all(
+    path.read_bytes().startswith(b"\x89PNG")
+    for path in (folder / "figures").iterdir()
+  )
+  page = (folder / "report.html").read_text()
+  assert page.count("data:image/png;base64,") == 6
+  assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+  "cleanse, names",
+  [
+    ("", ["training"]),
+    ("aw", ["training", "aw"]),
+    ("fp,aw", ["training", "fp", "fp+aw"]),
+    ("ft,fp", ["training", "ft", "ft+fp"]),
+    ("aw,ft,fp", ["training", "aw", "aw+ft", "aw+ft+fp"]),
+  ],
+)
+def test_phases_are_chosen_and_ordered(config, cleanse, names):
+  config = _with(config, cleanse=cleanse, rounds=2)
+  results = experiment.run(config, quiet=True)
+  assert [phase["name"] for phase in results["phases"]] == names
+
+
+def test_the_same_config_gives_the_same_bits(config):
+  experiment.run(config, quiet=True)
+  again = _with(config, workdir=config.workdir + "2")
+  experiment.run(again, quiet=True)
+  _assert_same(_final(config), _final(again))
+  other = _with(config, workdir=config.workdir + "3", seed=1)
+  experiment.run(other, quiet=True)
+  assert _final(other)[1] != _final(config)[1]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"partition": "iid"},
+    {"partition": "dirichlet", "aggregation": "weighted"},
+    {"clients_per_round": 2, "gamma": 1.5},
+    {"momentum": 0.5, "weight_decay": 1e-3, "last_conv_l2": 0.01},
+    {"num_attackers": 2, "trigger": "pixel1", "attack_start": 3},
+    {"num_attackers": 0},
+    {"validation_size": 0},
+    {"validation_size": 0, "attacker_reports": "stop_pruning"},
+    {"pruning": "rap", "weight_statistics": "all", "delta_start": 10.0},
+    {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
+    {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},
+  ],
+  ids=lambda changes: ",".join(changes),
+)
+def test_every_way_of_running_ends_well(config, changes):
+  results = experiment.run(_with(config, **changes), quiet=True)
+  assert [phase["name"] for phase in results["phases"]][-1] == "all"
+  success = [phase["attack_success"] for phase in results["phases"]]
+  assert all(
+    (value is None) == (changes.get("num_attackers") == 0) for value in success
+  )
+
+
+def test_a_complete_run_is_not_run_again(config, monkeypatch):
+  first = experiment.run(config, quiet=True)
+  monkeypatch.setattr(experiment, "setup", None)
+  assert experiment.run(config, quiet=True) == first
+
+
+# --- interruptions -----------------------------------------------------------
+
+
+class _KilledError(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 5, 6, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(config, monkeypatch, moment):
+  """Killed right before, or right after, the given checkpoint is written."""
+  experiment.run(config, quiet=True)
+  save = workdirs.Workdir.save
+  for after in (False, True):
+    killed = _with(config, workdir=f"{config.workdir}-{after}")
+    count = 0
+
+    def dying(self, *arguments, after=after, **options):
+      nonlocal count
+      count += 1
+      if count == moment and not after:
+        raise _KilledError
+      path = save(self, *arguments, **options)
+      if count == moment:
+        raise _KilledError
+      return path
+
+    monkeypatch.setattr(workdirs.Workdir, "save", dying)
+    with pytest.raises(_KilledError):
+      experiment.run(killed, quiet=True)
+    monkeypatch.setattr(workdirs.Workdir, "save", save)
+    experiment.run(killed, quiet=True)
+    _assert_same(_final(config), _final(killed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(config, monkeypatch, number):
+  experiment.run(config, quiet=True)
+  stopped = _with(config, workdir=config.workdir + "-stopped")
+  advance = experiment.consoles.Console.advance
+
+  def stopping(self, done, *arguments):
+    if done == 4:
+      os.kill(os.getpid(), number)
+    advance(self, done, *arguments)
+
+  monkeypatch.setattr(experiment.consoles.Console, "advance", stopping)
+  with pytest.raises(errors.InterruptedRunError, match=number.name):
+    experiment.run(stopped, quiet=True)
+  monkeypatch.undo()
+  workdir = workdirs.Workdir(stopped.workdir, stopped.identity())
+  with workdir:
+    _, progress = workdir.restore(experiment.setup(stopped).init_state())
+  assert progress.phase == "training" and not progress.complete
+  experiment.run(stopped, quiet=True)
+  _assert_same(_final(config), _final(stopped))
+
+
+def test_signals_are_handled_as_before_after_a_run(config):
+  before = signal.getsignal(signal.SIGTERM)
+  experiment.run(_with(config, rounds=1, cleanse=""), quiet=True)
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_killed_from_outside_goes_on(tmp_path):
+  """kill -9 in mid-training, through the command line."""
+  command = [
+    sys.executable,
+    str(ROOT / "launch" / "main.py"),
+    f"--workdir={tmp_path / 'run'}",
+    "--model=mnist_small",
+    "--samples_per_client=60",
+    "--rounds=40",
+    "--eval_every=1",
+    "--checkpoint_every=1",
+    "--cleanse=",
+    "--nofigures",
+    f"--compilation_cache={tmp_path / 'cache'}",
+  ]
+  process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+  folder = tmp_path / "run" / "checkpoints"
+  deadline = time.monotonic() + 120
+  while not (folder.is_dir() and len(list(folder.glob("0*"))) > 1):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  process.kill()
+  process.wait()
+  assert not (tmp_path / "run" / "results.json").exists()
+  finished = subprocess.run(
+    command, capture_output=True, text=True, check=False
+  )
+  assert finished.returncode == 0, finished.stderr
+  assert "continuing in" in finished.stderr
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["round"] for line in lines] == list(range(1, 41))
+
+
+# --- bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"victim_label": NUM_CLASSES}, "victim_label=4 is out of range: rows"),
+    ({"target_label": 9}, "target_label=9 is out of range"),
+    ({"samples_per_client": 700}, "more than exist"),
+    ({"validation_size": 500}, "hold out 500 of 500"),
+    ({"labels_per_client": 5}, "labels_per_client=5"),
+    ({"model": "mnist_large"}, "too small"),
+    ({"dataset": "missing.npz"}, "does not exist"),
+  ],
+)
+def test_what_does_not_fit_the_data_is_refused(config, changes, message):
+  with pytest.raises(errors.FljaxError, match=message):
+    experiment.run(_with(config, **changes), quiet=True)
+
+
+def test_training_that_diverges_stops_with_the_last_good_checkpoint(config):
+  config = _with(config, learning_rate=1e30)
+  with pytest.raises(errors.DivergedError, match="in round 1"):
+    experiment.run(config, quiet=True)
+  workdir = workdirs.Workdir(config.workdir, config.identity())
+  with workdir:
+    state, _ = workdir.restore(experiment.setup(config).init_state())
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  assert int(state.round) == 0

@@ -1,0 +1,98 @@
+import chex
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import layers
+
+KEY = jax.random.key(0)
+
+
+@settings(max_examples=6)
+@given(
+  size=st.sampled_from([1, 3, 5]),
+  padding=st.sampled_from([0, 1, 2]),
+  side=st.integers(5, 9),
+  channels=st.integers(1, 3),
+  features=st.integers(1, 4),
+)
+def test_forms_of_convolution_agree_in_value_and_gradient(
+  size, padding, side, channels, features
+):
+  images = jax.random.normal(KEY, (2, side, side + 1, channels))
+  kernel = jax.random.normal(KEY, (size, size, channels, features))
+
+  def value_and_grads(form):
+    def loss(images, kernel):
+      out = layers.convolve(images, kernel, padding=padding, form=form)
+      return jnp.square(out).sum(), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(grad)(images, kernel)
+
+  chex.assert_trees_all_close(
+    value_and_grads("slices"), value_and_grads("lax"), rtol=1e-4, atol=1e-3
+  )
+
+
+@settings(max_examples=6)
+@given(height=st.integers(2, 9), width=st.integers(2, 9))
+def test_forms_of_pooling_agree_in_value_and_gradient(height, width):
+  images = jax.random.normal(KEY, (2, height, width, 3))
+
+  def value_and_grad(form):
+    def loss(images):
+      return jnp.square(layers.max_pool(images, form=form)).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(images)
+
+  chex.assert_trees_all_close(
+    value_and_grad("reshape"), value_and_grad("lax"), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("form", ["slices", "lax"])
+def test_convolution_is_the_cross_correlation_written_out(form):
+  images = np.asarray(jax.random.normal(KEY, (2, 6, 5, 2)))
+  kernel = np.asarray(jax.random.normal(KEY, (3, 3, 2, 4)))
+  expected = np.zeros((2, 4, 3, 4))
+  for row in range(4):
+    for column in range(3):
+      window = images[:, row : row + 3, column : column + 3]
+      expected[:, row, column] = np.einsum("bhwc,hwcf->bf", window, kernel)
+  conv = jax.jit(layers.convolve, static_argnames=("padding", "form"))
+  actual = conv(jnp.asarray(images), jnp.asarray(kernel), padding=0, form=form)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convolution_maps_over_clients_kernels():
+  images = jax.random.normal(KEY, (3, 2, 6, 6, 2))
+  kernels = jax.random.normal(KEY, (3, 3, 3, 2, 4))
+
+  @jax.jit
+  def conv(images, kernel):
+    return layers.convolve(images, kernel, padding=1, form="slices")
+
+  mapped = jax.jit(jax.vmap(conv))(images, kernels)
+  for client in range(3):
+    np.testing.assert_allclose(
+      mapped[client], conv(images[client], kernels[client]), rtol=1e-5
+    )
+
+
+def test_every_backend_has_forms():
+  for backend in ("cpu", "gpu", "tpu", "another"):
+    forms = layers.default_forms(backend)
+    assert forms.conv in ("slices", "lax")
+    assert forms.pooling in ("reshape", "lax")
+
+
+def test_uniform_initialisation_is_bounded_by_the_fan_in():
+  kernel = layers.uniform_fan_in(KEY, (5, 5, 20, 50))
+  bound = 1 / np.sqrt(500)
+  assert float(jnp.abs(kernel).max()) <= bound
+  assert float(kernel.std()) == pytest.approx(bound / np.sqrt(3), rel=0.02)

@@ -1,0 +1,281 @@
+import chex
+from conftest import TARGET
+from conftest import TRIGGER
+from conftest import VICTIM
+from conftest import copy
+from conftest import make_federation
+from conftest import make_images
+from conftest import make_round
+from conftest import make_state
+from conftest import make_training
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import aggregators
+from fljax import evaluate
+from fljax import federation as federations
+from fljax import models
+from fljax import rounds
+from fljax import triggers
+
+KEY = jax.random.key(11)
+
+
+def _close(a, b):
+  chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _plain_loop(model, state, federation, *, gamma, server_rate, weighted):
+  """A federated round written as loops over clients, in NumPy."""
+  round_key = jax.random.fold_in(KEY, state.round)
+  _, client_key = jax.random.split(round_key)
+  train = jax.jit(make_training(model))
+  total = jax.tree.map(np.zeros_like, jax.device_get(state.params))
+  weights = 0.0
+  for client in range(federation.num_clients):
+    one = federations.select(federation, client)
+    active = bool(one.attacker) and int(state.round) >= int(one.attack_start)
+    trained, _ = train(
+      state.params,
+      one,
+      state.neuron_mask,
+      jnp.asarray(active),
+      jax.random.fold_in(client_key, int(one.ids)),
+    )
+    count = sum(
+      1
+      for counts, poisoned in zip(one.mask, one.poisoned, strict=True)
+      if counts and (active or not poisoned)
+    )
+    weight = count if weighted else 1
+    weights += weight
+    factor = weight * (gamma if active else 1)
+    total = jax.tree.map(
+      lambda t, new, old, f=factor: t + f * (np.asarray(new) - np.asarray(old)),
+      total,
+      trained,
+      state.params,
+    )
+  return jax.tree.map(
+    lambda old, t: np.asarray(old) + server_rate * t / weights,
+    state.params,
+    total,
+  )
+
+
+@pytest.mark.parametrize("chunk, weighted", [(0, False), (1, True), (3, False)])
+def test_the_mapped_round_equals_a_plain_loop_over_clients(
+  model, chunk, weighted
+):
+  federation, attack = make_federation(attackers=2, gamma=1.7, start=1)
+  federation = federation.replace(mask=federation.mask.at[2, 6:].set(False))
+  aggregator = aggregators.AGGREGATORS["weighted" if weighted else "mean"]()
+  run = jax.jit(
+    make_round(
+      model,
+      attack,
+      aggregator=aggregator,
+      server_rate=0.8,
+      client_chunk=chunk,
+    )
+  )
+  state = make_state(model)
+  for _ in range(3):  # Before, at and after the attack's start.
+    expected = _plain_loop(
+      model,
+      state,
+      federation,
+      gamma=1.7,
+      server_rate=0.8,
+      weighted=weighted,
+    )
+    state, _ = run(state, federation, KEY)
+    _close(state.params, expected)
+
+
+@pytest.mark.parametrize("cohort", [0, 3])
+def test_permuting_clients_changes_nothing(model, cohort):
+  federation, attack = make_federation(attackers=2, gamma=2.0)
+  run = jax.jit(make_round(model, attack, cohort_size=cohort))
+  state = make_state(model)
+  before, _ = run(state, federation, KEY)
+  for seed in range(5):
+    order = jnp.asarray(np.random.default_rng(seed).permutation(4))
+    after, _ = run(state, federations.select(federation, order), KEY)
+    _close(after.params, before.params)
+
+
+@pytest.mark.parametrize("server_rate", [1.0, 0.5])
+def test_full_amplification_replaces_the_global_model(model, server_rate):
+  """γ = N/η and idle benign clients: the model becomes the attacker's."""
+  federation, attack = make_federation(attackers=1, gamma=4 / server_rate)
+  idle = federation.mask & federation.attacker[:, jnp.newaxis]
+  federation = federation.replace(mask=idle)
+  state = make_state(model)
+  run = jax.jit(make_round(model, attack, server_rate=server_rate))
+  after, _ = run(state, federation, KEY)
+  client_key = jax.random.split(jax.random.fold_in(KEY, 0))[1]
+  attackers, _ = make_training(model)(
+    state.params,
+    federations.select(federation, 0),
+    state.neuron_mask,
+    jnp.asarray(True),
+    jax.random.fold_in(client_key, 0),
+  )
+  _close(after.params, attackers)
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), after.params, state.params
+  )
+  assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_many_rounds_are_traced_once(model):
+  federation, attack = make_federation()
+  run = make_round(model, attack)
+  block = rounds.make_block(chex.assert_max_traces(run, n=1))
+  state = make_state(model)
+  for length in (1, 5, 2):
+    state, _ = block(state, federation, KEY, length)
+  # Fine-tuning is the same program: only data differs.
+  state = state.replace(neuron_mask=jnp.asarray([True, False] * 3))
+  federation = federation.replace(scale=2 * federation.scale)
+  state, _ = block(state, federation, KEY, 3)
+  assert int(state.round) == 11
+  assert block._cache_size() == 1
+
+
+def test_blocks_of_any_length_give_the_same_bits(model):
+  federation, attack = make_federation(gamma=2.0)
+  block = rounds.make_block(make_round(model, attack, cohort_size=3))
+  results = []
+  for lengths in ((6,), (1, 2, 3), (5, 1)):
+    state = make_state(model)
+    for length in lengths:
+      state, metrics = block(state, federation, KEY, length)
+    results.append((state, metrics))
+  chex.assert_trees_all_equal(*results)
+
+
+def test_jit_equals_eager(model):
+  federation, attack = make_federation(clients=2, samples=4)
+  training = make_training(model, epochs=1, momentum=0.0)
+  run = make_round(model, attack, training=training)
+  state = make_state(model)
+  with jax.disable_jit():
+    eager, _ = run(state, federation, KEY)
+  jitted, _ = jax.jit(run)(state, federation, KEY)
+  _close(jitted.params, eager.params)
+
+
+def test_fine_tuning_keeps_pruned_neurons_at_exactly_zero(model):
+  """Also where the attacker sends an update that would revive them."""
+  federation, attack = make_federation(gamma=3.0)
+
+  def revive(updates, cohort, active):
+    updates = attack.updates(updates, cohort, active)
+    return jax.tree.map(lambda leaf: leaf + 0.1, updates)
+
+  mask = jnp.asarray([True, False, True, True, False, True])
+  state = make_state(model)
+  state = state.replace(
+    params=models.mask_neurons(model, state.params, mask), neuron_mask=mask
+  )
+  run = jax.jit(make_round(model, attack._replace(updates=revive)))
+  for _ in range(3):
+    state, _ = run(state, federation, KEY)
+  images = federation.images[0]
+  active = model.activations(state.params, model.stem(state.params, images))
+  assert (active[..., ~mask] == 0).all()
+  assert (active[..., mask] != 0).any()
+
+
+@given(seed=st.integers(0, 999), clients=st.integers(1, 20), data=st.data())
+def test_cohorts_are_sampled_without_replacement(seed, clients, data):
+  size = data.draw(st.integers(1, clients))
+  chosen = np.asarray(
+    rounds.sample_cohort(jnp.arange(clients), size, jax.random.key(seed))
+  )
+  assert chosen.shape == (size,) == np.unique(chosen).shape
+  assert chosen.min() >= 0 and chosen.max() < clients
+
+
+def test_cohorts_differ_between_rounds_and_reach_everyone():
+  ids = jnp.arange(10)
+  sample = jax.jit(rounds.sample_cohort, static_argnums=1)
+  counts = np.zeros(10)
+  for index in range(300):
+    counts[np.asarray(sample(ids, 3, jax.random.fold_in(KEY, index)))] += 1
+  # Each is expected 90 times, with a standard deviation of 8.
+  assert counts.min() > 55 and counts.max() < 125
+
+
+def test_only_the_cohort_trains(model):
+  federation, _ = make_federation(attackers=0)
+  run = jax.jit(make_round(model, cohort_size=2))
+  state = make_state(model)
+  sample_key, _ = jax.random.split(jax.random.fold_in(KEY, 0))
+  chosen = rounds.sample_cohort(federation.ids, 2, sample_key)
+  before, _ = run(state, federation, KEY)
+  others = ~jnp.isin(federation.ids, chosen)
+  changed = jnp.where(
+    others.reshape(-1, 1, 1, 1, 1), 255 - federation.images, federation.images
+  )
+  after, _ = run(state, federation.replace(images=changed), KEY)
+  chex.assert_trees_all_equal(after.params, before.params)
+
+
+def test_the_first_bad_round_is_told(model):
+  federation, _ = make_federation()
+
+  def poison(updates, cohort, active):
+    return jax.tree.map(lambda leaf: leaf * jnp.inf, updates)
+
+  attack = make_federation(start=2)[1]
+
+  def updates(values, cohort, active):
+    bad = poison(values, cohort, active)
+    return jax.tree.map(lambda a, b: jnp.where(active.any(), a, b), bad, values)
+
+  federation = federation.replace(attack_start=jnp.full(4, 2, jnp.int32))
+  block = rounds.make_block(make_round(model, attack._replace(updates=updates)))
+  state, metrics = block(make_state(model), federation, KEY, 2)
+  assert int(metrics.bad_round) == 0 and np.isfinite(metrics.loss)
+  state, metrics = block(state, federation, KEY, 4)
+  assert int(metrics.bad_round) == 3
+
+
+def test_training_learns_the_task_and_the_backdoor(model):
+  federation, attack = make_federation(samples=40, attackers=2, gamma=2.0)
+  block = rounds.make_block(make_round(model, attack))
+  state, metrics = block(make_state(model), federation, KEY, 40)
+  images, labels = make_images(200, seed=5)
+  clean = evaluate.accuracy(
+    model, state.params, evaluate.batched(images, labels)
+  )
+  success = evaluate.accuracy(
+    model,
+    state.params,
+    evaluate.backdoored(
+      images,
+      labels,
+      trigger=triggers.from_pixels(TRIGGER, images.shape[1:]),
+      victim_label=VICTIM,
+      target_label=TARGET,
+    ),
+  )
+  assert float(clean) > 0.95 and float(success) > 0.95
+  assert float(metrics.loss) < 0.2
+
+
+def test_a_block_donates_its_state(model):
+  federation, attack = make_federation()
+  block = rounds.make_block(make_round(model, attack))
+  state = make_state(model)
+  kept = copy(state)
+  block(state, federation, KEY, 1)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.params))

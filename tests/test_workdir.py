@@ -1,0 +1,242 @@
+import json
+import os
+import shutil
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import errors
+from fljax import workdir as workdirs
+
+IDENTITY = {"seed": 0, "rounds": 3}
+
+
+def _state(value=1.0):
+  return {
+    "params": {"w": jnp.full((300, 4), value), "b": jnp.arange(3)},
+    "mask": jnp.asarray([True, False]),
+    "round": jnp.asarray(5, jnp.int32),
+  }
+
+
+def _open(path, identity=IDENTITY):
+  return workdirs.Workdir(str(path), identity)
+
+
+def _save(workdir, value, phase="training", **changes):
+  options = {
+    "complete": False,
+    "side": False,
+    "phases": [],
+    "seconds": 1.5,
+    **changes,
+  }
+  return workdir.save(_state(value), phase=phase, **options)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+  with _open(tmp_path) as workdir:
+    workdir.log(round=1)
+    _save(workdir, 0.1, phases=[{"name": "x"}])
+  with _open(tmp_path) as workdir:
+    state, progress = workdir.restore(_state())
+  chex.assert_trees_all_equal(state, _state(0.1))
+  chex.assert_trees_all_equal_dtypes(state, _state(0.1))
+  assert progress.phase == "training" and not progress.complete
+  assert progress.phases == [{"name": "x"}] and progress.seconds == 1.5
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
+  with _open(tmp_path / "new" / "folder") as workdir:
+    assert workdir.restore(_state()) is None
+    assert workdir.results() is None and workdir.metrics() == []
+
+
+def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
+  with _open(tmp_path) as workdir:
+    workdir.log(round=1)
+    _save(workdir, 1.0)
+    workdir.log(round=2)
+  with (tmp_path / "metrics.jsonl").open("a") as stream:
+    stream.write('{"rou')  # Killed in mid-line.
+  with _open(tmp_path) as workdir:
+    workdir.restore(_state())
+    assert workdir.metrics() == [{"round": 1}]
+    workdir.log(round=2)
+    assert workdir.metrics() == [{"round": 1}, {"round": 2}]
+
+
+def test_metrics_without_any_checkpoint_start_again(tmp_path):
+  with _open(tmp_path) as workdir:
+    workdir.log(round=1)
+  with _open(tmp_path) as workdir:
+    assert workdir.restore(_state()) is None
+    assert workdir.metrics() == []
+
+
+def test_only_the_last_checkpoints_within_a_phase_are_kept(tmp_path):
+  with _open(tmp_path) as workdir:
+    for value in range(5):
+      _save(workdir, float(value))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["0004-training", "0005-training"]
+    _save(workdir, 9.0, complete=True)
+    _save(workdir, 10.0, phase="fp", complete=True)
+  names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+  assert names == ["0006-training", "0007-fp"]
+
+
+def test_a_run_does_not_go_on_from_a_side_result(tmp_path):
+  with _open(tmp_path) as workdir:
+    _save(workdir, 1.0, phase="fp", complete=True)
+    _save(
+      workdir,
+      2.0,
+      phase="fp+aw",
+      complete=True,
+      side=True,
+      phases=[{"name": "fp"}, {"name": "fp+aw"}],
+    )
+    state, progress = workdir.restore(_state())
+  chex.assert_trees_all_equal(state, _state(1.0))
+  assert [phase["name"] for phase in progress.phases] == ["fp", "fp+aw"]
+
+
+def test_what_a_killed_run_left_half_written_is_ignored(tmp_path):
+  with _open(tmp_path) as workdir:
+    whole = _save(workdir, 1.0)
+  half = whole.with_name(".0002-training.partial")
+  shutil.copytree(whole, half)
+  with _open(tmp_path) as workdir:
+    state, _ = workdir.restore(_state())
+    chex.assert_trees_all_equal(state, _state(1.0))
+  assert not half.exists()
+
+
+def _largest_file(path):
+  return max(
+    (file for file in path.rglob("*") if file.is_file()),
+    key=lambda file: file.stat().st_size,
+  )
+
+
+def _flip(path):
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 0xFF
+  path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "json", "swapped"])
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, damage):
+  with _open(tmp_path) as workdir:
+    one = _save(workdir, np.float32(1.25).item(), phase="fp", complete=True)
+    path = _save(workdir, 2.0, phase="all", complete=True)
+  if damage == "flip":
+    _flip(_largest_file(path / "state"))
+  elif damage == "cut":
+    largest = _largest_file(path / "state")
+    largest.write_bytes(largest.read_bytes()[:20])
+  elif damage == "gone":
+    shutil.rmtree(path / "state")
+  elif damage == "json":
+    (path / "progress.json").write_text("{")
+  else:
+    shutil.rmtree(path / "state")
+    shutil.copytree(one / "state", path / "state")
+  before = sorted((file, file.stat().st_size) for file in tmp_path.rglob("*"))
+  with (
+    _open(tmp_path) as workdir,
+    pytest.raises(errors.CheckpointError, match=f"{path.name} is damaged"),
+  ):
+    workdir.restore(_state())
+  after = sorted((file, file.stat().st_size) for file in tmp_path.rglob("*"))
+  assert after == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+  with _open(tmp_path) as workdir:
+    _save(workdir, 1.0)
+    other = _state()
+    other["params"]["w"] = jnp.zeros((2, 2))
+    with pytest.raises(errors.CheckpointError, match="another model"):
+      workdir.restore(other)
+
+
+def test_a_folder_of_another_config_is_refused_with_the_differences(tmp_path):
+  _open(tmp_path).close()
+  with pytest.raises(errors.WorkdirError) as info:
+    _open(tmp_path, {"seed": 1, "rounds": 3, "gamma": 2.0})
+  message = str(info.value)
+  assert "seed: 0 there, 1 here" in message
+  assert "gamma: unset there, 2.0 here" in message
+  assert "rounds" not in message
+  assert json.loads((tmp_path / "config.json").read_text()) == IDENTITY
+  _open(tmp_path).close()  # And is not left locked.
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+  with (
+    _open(tmp_path),
+    pytest.raises(errors.WorkdirError, match="in use by another run"),
+  ):
+    _open(tmp_path)
+
+
+def test_a_folder_with_strange_results_is_refused(tmp_path):
+  (tmp_path / "results.json").write_text("{}")
+  with pytest.raises(errors.WorkdirError, match="nothing is overwritten"):
+    _open(tmp_path)
+  assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": ')
+  with pytest.raises(errors.WorkdirError, match=r"config\.json is damaged"):
+    _open(tmp_path)
+
+
+def test_lost_metrics_are_noticed(tmp_path):
+  with _open(tmp_path) as workdir:
+    workdir.log(round=1)
+    _save(workdir, 1.0)
+  (tmp_path / "metrics.jsonl").write_text("")
+  with (
+    _open(tmp_path) as workdir,
+    pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl is damaged"),
+  ):
+    workdir.restore(_state())
+
+
+def test_a_path_that_is_a_file_cannot_be_a_workdir(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.WorkdirError, match="file cannot be written"):
+    _open(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(errors.WorkdirError, match="cannot be written"):
+    _open(tmp_path / "new")
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
+  with _open(tmp_path) as workdir:
+    workdir.write_json("results.json", {"a": 1})
+    _save(workdir, 1.0)
+
+    def full(*_):
+      raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(errors.WorkdirError, match="No space left on device"):
+      workdir.write_json("results.json", {"a": 2})
+    with pytest.raises(errors.WorkdirError, match="No space left on device"):
+      _save(workdir, 2.0)
+    monkeypatch.undo()
+    assert workdir.results() == {"a": 1}
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["0001-training"]
+    assert not list(tmp_path.glob(".results*"))
