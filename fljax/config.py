@@ -300,12 +300,12 @@ class Config:
   conv: str = _setting(
     "auto",
     "Form of convolutions; auto takes the backend's measured choice.",
-    choices=("auto", "slices", "lax"),
+    choices=("auto", *layers.CONV_FORMS),
   )
   pooling: str = _setting(
     "auto",
     "Form of poolings; auto takes the backend's measured choice.",
-    choices=("auto", "reshape", "lax"),
+    choices=("auto", *layers.POOLING_FORMS),
   )
   client_chunk: int = _setting(
     -1,

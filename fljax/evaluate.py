@@ -75,6 +75,7 @@ def backdoored(
   victim_label: int,
   target_label: int,
   over: str = "victim",
+  batch_size: int = 500,
 ) -> Examples:
   """What AA is measured on: stamped images, labelled with the target.
 
@@ -87,6 +88,7 @@ def backdoored(
     over: "victim" stamps images of the victim class (the paper's AA);
       "others" all images that are not of the target class (the wider
       field's).
+    batch_size: examples per batch.
 
   Returns:
     The examples.
@@ -100,7 +102,7 @@ def backdoored(
     room = len(labels) - int(np.bincount(labels).min())
   stamped = np.asarray(triggers.stamp(jnp.asarray(images[chosen]), trigger))
   targets = np.full(len(stamped), target_label)
-  return batched(stamped, targets, at_least=room)
+  return batched(stamped, targets, batch_size=batch_size, at_least=room)
 
 
 def accuracy(

@@ -29,6 +29,7 @@ from fljax import console as consoles
 from fljax import data
 from fljax import errors
 from fljax import evaluate
+from fljax import execution
 from fljax import federation as federations
 from fljax import layers
 from fljax import local
@@ -47,10 +48,6 @@ Config = configs.Config
 # Training has seen about this much by the first lines of a log; what a phase
 # is called in results.json is read by others.
 TRAINING = "training"
-
-# Measured: BUILD_NOTES.md, "Speed". One client after another keeps the
-# working set of a CPU core in its cache; a GPU or TPU is filled by all.
-CLIENT_CHUNK = {"cpu": 1, "gpu": 0, "tpu": 0}
 
 
 class Experiment(NamedTuple):
@@ -133,8 +130,7 @@ def setup(config: Config) -> Experiment:
   )
   federation = jax.jit(attack.data)(federation, jax.random.fold_in(root, 1))
 
-  backend = jax.default_backend()
-  forms = layers.default_forms(backend)
+  plan = execution.plan_for()
   normalisation: dict[str, tuple[float, ...]] = {}
   if config.normalisation == "standard":
     normalisation = {"mean": dataset.mean, "std": dataset.std}
@@ -145,8 +141,10 @@ def setup(config: Config) -> Experiment:
     **normalisation,
     initialisation=config.initialisation,
     forms=layers.Forms(
-      conv=forms.conv if config.conv == "auto" else config.conv,
-      pooling=forms.pooling if config.pooling == "auto" else config.pooling,
+      conv=plan.forms.conv if config.conv == "auto" else config.conv,
+      pooling=plan.forms.pooling
+      if config.pooling == "auto"
+      else config.pooling,
     ),
   )
   aggregator = aggregators.AGGREGATORS[config.aggregation]()
@@ -164,13 +162,15 @@ def setup(config: Config) -> Experiment:
     aggregator=aggregator,
     cohort_size=config.clients_per_round,
     server_rate=config.server_rate,
-    client_chunk=CLIENT_CHUNK.get(backend, 0) if chunk < 0 else chunk,
+    client_chunk=plan.client_chunk if chunk < 0 else chunk,
   )
   trigger = triggers.union(pieces)
   validation, stamped = None, None
   if len(held_out):
     validation = evaluate.batched(
-      dataset.train_images[held_out], dataset.train_labels[held_out]
+      dataset.train_images[held_out],
+      dataset.train_labels[held_out],
+      batch_size=plan.evaluation_batch,
     )
   if config.num_attackers:
     stamped = evaluate.backdoored(
@@ -180,6 +180,7 @@ def setup(config: Config) -> Experiment:
       victim_label=config.victim_label,
       target_label=config.target_label,
       over=config.attack_images,
+      batch_size=plan.evaluation_batch,
     )
   return Experiment(
     config=config,
@@ -193,7 +194,11 @@ def setup(config: Config) -> Experiment:
     block=rounds.make_block(run_round),
     key=jax.random.fold_in(root, 3),
     validation=validation,
-    test=evaluate.batched(dataset.test_images, dataset.test_labels),
+    test=evaluate.batched(
+      dataset.test_images,
+      dataset.test_labels,
+      batch_size=plan.evaluation_batch,
+    ),
     backdoored=stamped,
   )
 
@@ -434,7 +439,7 @@ class _Driver:
     done = {phase["name"] for phase in self.phases}
     if TRAINING not in done:
       state = self._train(state, seconds)
-    for name, kind, side in plan(self.config.phases):
+    for name, kind, side in course(self.config.phases):
       if name not in done:
         self._check_stop()
         after = self._phase(name, kind, state)
@@ -720,7 +725,7 @@ class _Driver:
     return state.replace(params=adjusted.params), facts, curve
 
 
-def plan(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
+def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
   """The phases of a run in order.
 
   Args:

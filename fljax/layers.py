@@ -1,8 +1,8 @@
 """Convolution and pooling whose form is chosen per backend.
 
 Values and gradients do not depend on the form (a property test holds them
-together); speed does, by an order of magnitude. `FORMS` is the one table of
-measured choices.
+together); speed does, by an order of magnitude. Which form a backend gets is
+decided in `execution`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ Array = jax.Array
 Initializer = Callable[..., Array]
 
 
+CONV_FORMS = ("slices", "lax")
+POOLING_FORMS = ("reshape", "lax")
+
+
 class Forms(NamedTuple):
   """How layers compute; never what they compute.
 
@@ -34,22 +38,6 @@ class Forms(NamedTuple):
 
   conv: str
   pooling: str
-
-
-# Measured: BUILD_NOTES.md, "Speed". XLA's CPU backend has no fast path for
-# the grouped convolution that `vmap` over kernels makes, nor for any
-# convolution inside a loop (jax issues 12868, 26568, 13800); the TPU's
-# compiler moves 3.8 times fewer bytes with the native one.
-FORMS = {
-  "cpu": Forms(conv="slices", pooling="reshape"),
-  "gpu": Forms(conv="lax", pooling="reshape"),
-  "tpu": Forms(conv="lax", pooling="reshape"),
-}
-
-
-def default_forms(backend: str | None = None) -> Forms:
-  """The measured choice for a backend ("cpu", "gpu", "tpu")."""
-  return FORMS.get(backend or jax.default_backend(), FORMS["gpu"])
 
 
 # --- initial weights ---------------------------------------------------------

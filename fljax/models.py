@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from fljax import errors
+from fljax import execution
 from fljax import layers
 
 Array = jax.Array
@@ -437,7 +438,7 @@ def build(
         )
   shared: dict[str, Any] = {
     "kernel_init": layers.INITIALISERS[initialisation],
-    "forms": forms or layers.default_forms(),
+    "forms": forms or execution.plan_for().forms,
   }
   window: dict[str, Any] = {"size": plan.size, "padding": plan.padding}
   return from_flax(

@@ -84,13 +84,6 @@ def test_convolution_maps_over_clients_kernels():
     )
 
 
-def test_every_backend_has_forms():
-  for backend in ("cpu", "gpu", "tpu", "another"):
-    forms = layers.default_forms(backend)
-    assert forms.conv in ("slices", "lax")
-    assert forms.pooling in ("reshape", "lax")
-
-
 def test_uniform_initialisation_is_bounded_by_the_fan_in():
   kernel = layers.uniform_fan_in(KEY, (5, 5, 20, 50))
   bound = 1 / np.sqrt(500)
