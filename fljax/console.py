@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from typing import Any
 
@@ -122,4 +123,36 @@ def table(results: dict[str, Any]) -> str:
     cells.append(row[4])
     lines.append("  ".join(cells).rstrip())
   lines.insert(1, "-" * max(len(line) for line in lines))
+  return "\n".join(lines)
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+  """Phases averaged over runs, for example over seeds.
+
+  Args:
+    runs: contents of results.json files.
+
+  Returns:
+    Several lines: per phase the mean over the runs that have it, and the
+    standard deviation over them, in percent.
+  """
+  names: dict[str, None] = {}
+  for run in runs:
+    names.update(dict.fromkeys(phase["name"] for phase in run["phases"]))
+  lines = [f"{'phase':10}{'runs':>5}{'TA %':>15}{'AA %':>16}{'seconds':>10}"]
+  for name in names:
+    found = [p for run in runs for p in run["phases"] if p["name"] == name]
+    cells = []
+    for key in ("test_accuracy", "attack_success"):
+      values = [p[key] for p in found if p[key] is not None]
+      cells.append(
+        f"{100 * statistics.fmean(values):.2f} ±"
+        f" {100 * statistics.pstdev(values):.2f}"
+        if values
+        else "-"
+      )
+    seconds = statistics.fmean(phase["seconds"] for phase in found)
+    lines.append(
+      f"{name:10}{len(found):>5}{cells[0]:>15}{cells[1]:>16}{seconds:>10.1f}"
+    )
   return "\n".join(lines)

@@ -80,18 +80,18 @@ def from_pixels(
 
 
 # The paper draws its patterns (Fig. 1: in the lower right corner) without
-# giving positions. These are nested, and fill a 3 x 3 block that leaves the
-# outermost row and column free; (26, 26) on 28 x 28 images is BadNets' pixel.
+# giving positions. These are nested and fill the 3 x 3 block in that corner
+# from its centre, which is BadNets' single pixel, (26, 26) on 28 x 28 images.
 _NESTED_PIXELS = (
   (-2, -2),
-  (-2, -4),
-  (-4, -2),
   (-3, -3),
-  (-4, -4),
+  (-1, -1),
+  (-3, -1),
+  (-1, -3),
   (-2, -3),
+  (-2, -1),
   (-3, -2),
-  (-4, -3),
-  (-3, -4),
+  (-1, -2),
 )
 
 # The official pieces of the Distributed Backdoor Attack: [row, columns].

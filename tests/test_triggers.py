@@ -56,7 +56,7 @@ def test_pixel_patterns_have_their_size_and_are_nested():
     assert (small <= large).all()
   assert masks[0][26, 26]
   # In the lower right corner.
-  assert not masks[-1][:24].any() and not masks[-1][:, :24].any()
+  assert not masks[-1][:25].any() and not masks[-1][:, :25].any()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from fljax import console
+
+
+def _results(accuracy, success):
+  phase = {"test_accuracy": accuracy, "attack_success": success, "seconds": 2.0}
+  return {
+    "seed": 0,
+    "phases": [
+      {"name": "training", **phase},
+      {"name": "fp", **phase, "pruned_neurons": 3, "neurons": 8},
+      {"name": "aw", **phase, "zeroed_weights": 0, "delta": None},
+    ],
+  }
+
+
+def test_the_table_shows_every_phase_in_percent():
+  lines = console.table(_results(0.9834, 0.0125)).splitlines()
+  assert lines[2].split() == ["training", "98.3", "1.2", "2.0"]
+  assert "3 of 8 pruned" in lines[3]
+  assert "0 weights zeroed (no change)" in lines[4]
+
+
+def test_the_table_shows_runs_without_attackers():
+  lines = console.table(_results(0.5, None)).splitlines()
+  assert lines[2].split() == ["training", "50.0", "-", "2.0"]
+
+
+def test_the_summary_averages_over_runs():
+  runs = [_results(0.9, 0.0), _results(1.0, 0.5)]
+  lines = console.summary(runs).splitlines()
+  assert lines[1].split() == (
+    ["training", "2", "95.00", "±", "5.00", "25.00", "±", "25.00", "2.0"]
+  )
+
+
+def test_the_summary_of_what_is_no_run_is_refused(tmp_path):
+  process = subprocess.run(
+    [sys.executable, str(ROOT / "launch/summarise.py"), str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 2 and "cannot be read" in process.stderr
+  assert "Traceback" not in process.stderr
