@@ -146,9 +146,14 @@ def backdoor(
     scores = jnp.where(jnp.arange(samples) == last, 1.5, scores)
     place = jnp.argsort(jnp.argsort(jnp.where(client.mask, scores, 2.0)))
     size = client.mask.sum().astype(jnp.float32)
-    count = jnp.round(fraction * size).astype(jnp.int32)
+    count = jnp.minimum(jnp.round(fraction * size), size - 1)
     # Without any victim image there is nothing to poison.
-    gives_way = client.attacker & client.mask & (place < count) & victim.any()
+    gives_way = (
+      client.attacker
+      & client.mask
+      & (place.astype(jnp.float32) < count)
+      & victim.any()
+    )
     kept_victim = victim & ~gives_way
     victims = jnp.argsort(~kept_victim, stable=True)
     source = victims[place % jnp.maximum(kept_victim.sum(), 1)]

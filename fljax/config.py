@@ -23,6 +23,7 @@ from fljax.cleanse import pruning
 from fljax.cleanse import weights
 
 PHASES = ("fp", "ft", "aw")
+_LARGEST = 2**31 - 1
 
 
 def _setting(
@@ -127,7 +128,6 @@ class Config:
     "Seed of everything random: partition, initial weights, batches,"
     " poisoning, client sampling.",
     low=0,
-    high=2**32 - 1,
   )
 
   # The clients.
@@ -250,9 +250,10 @@ class Config:
   )
   pruning_rate: float = _setting(
     0.5,
-    "Share of neurons that each client votes to prune (p, mvp only).",
-    low=0,
-    high=1,
+    "Share of neurons that each client votes to prune (p, mvp only); with"
+    " hardly any or nearly all, votes tie and say nothing.",
+    low=0.01,
+    high=0.99,
   )
   report_trim: float = _setting(
     0.2,
@@ -262,7 +263,7 @@ class Config:
     high=0.49,
   )
   pruning_drop: float = _setting(
-    0.01,
+    0.025,
     "Accuracy that pruning may cost, as a fraction.",
     low=0,
     high=1,
@@ -271,14 +272,15 @@ class Config:
   fine_tune_patience: int = _setting(
     5,
     "Fine-tuning stops after so many rounds without better validation"
-    " accuracy; 0 never stops early.",
+    " accuracy, and keeps the last model; 0, or no validation images, runs"
+    " all rounds.",
     low=0,
   )
   fine_tune_gamma: float = _setting(
     1.0, "Amplification γ that attackers keep up in fine-tuning.", low=1
   )
   adjusting_drop: float = _setting(
-    0.01,
+    0.0075,
     "Accuracy that adjusting extreme weights may cost, as a fraction.",
     low=0,
     high=1,
@@ -340,7 +342,7 @@ class Config:
     # Without this, γ = 1 would be out of range under a large server rate.
     largest = max(largest, 1.0)
     for name in ("gamma", "fine_tune_gamma"):
-      if getattr(self, name) > largest:
+      if self.num_attackers and getattr(self, name) > largest:
         raise errors.ConfigError(
           f"--{name}={getattr(self, name):g} is out of range: γ goes from 1"
           f" to {largest:g}, clients per round over server rate."
@@ -376,6 +378,11 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
   ):
     raise errors.ConfigError(
       f"--{field.name}={value!r} must be of type {kind.__name__}."
+    )
+  # Counts and labels live on the device as 32-bit integers.
+  if isinstance(value, int) and abs(value) > _LARGEST:
+    raise errors.ConfigError(
+      f"--{field.name}={value} is out of range: it must be at most {_LARGEST}."
     )
   choices = field.metadata["choices"]
   if choices is not None and value not in choices:

@@ -126,6 +126,10 @@ def table(results: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _deviation(values: list[float]) -> float:
+  return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def summary(runs: list[dict[str, Any]]) -> str:
   """Phases averaged over runs, for example over seeds.
 
@@ -134,7 +138,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
 
   Returns:
     Several lines: per phase the mean over the runs that have it, and the
-    standard deviation over them, in percent.
+    sample standard deviation over them, in percent.
   """
   names: dict[str, None] = {}
   for run in runs:
@@ -146,8 +150,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
     for key in ("test_accuracy", "attack_success"):
       values = [p[key] for p in found if p[key] is not None]
       cells.append(
-        f"{100 * statistics.fmean(values):.2f} ±"
-        f" {100 * statistics.pstdev(values):.2f}"
+        f"{100 * statistics.fmean(values):.2f} ± {100 * _deviation(values):.2f}"
         if values
         else "-"
       )

@@ -90,7 +90,7 @@ def load(
       says where it was looked for and what to do.
   """
   if name.endswith(".npz"):
-    return from_npz(Path(name))
+    return from_npz(Path(name).expanduser())
   if name not in _STATISTICS:
     raise errors.DataError(
       f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or"
@@ -100,13 +100,14 @@ def load(
     return _named(name, _read_idx(BUNDLED_MNIST))
 
   root = Path(data_dir or _default_data_dir()).expanduser()
-  looked = [root / name, root]
+  looked = [root / name]
   prepared = _find_prepared(root, name)
   if prepared is None and download:
     prepared = _download(root, name)
   if prepared is not None:
     return _named(name, _cached(name, prepared))
   folders = [root] if name != "cifar10" and data_dir is not None else []
+  looked += folders
   if name == "fashion_mnist":
     folders.append(DEBIAN_FASHION_MNIST)
     looked.append(DEBIAN_FASHION_MNIST)
@@ -145,6 +146,19 @@ def _default_data_dir() -> str:
   return os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 
+def digest(dataset: Dataset) -> str:
+  """SHA-256 over all images and labels, in their order.
+
+  Another copy of a data set may hold the same images in another order, and
+  then gives clients other ones.
+  """
+  sha256 = hashlib.sha256()
+  for array in dataset[1:5]:
+    sha256.update(f"{array.dtype} {array.shape}".encode())
+    sha256.update(np.ascontiguousarray(array).data)
+  return sha256.hexdigest()
+
+
 def cache_dir() -> Path:
   """The folder for what fljax can compute again: decoded data, programs."""
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -164,6 +178,11 @@ def _read_idx(folder: Path) -> dict[str, np.ndarray]:
       raise errors.DataError(
         f"{folder}: the {split} images {images.shape} and labels"
         f" {labels.shape} do not belong together."
+      )
+    if labels.size and labels.max() > 9:
+      raise errors.DataError(
+        f"{folder}: the {split} labels go to {labels.max()}; this is no data"
+        " set of ten classes (an .npz file may have any number)."
       )
     arrays[f"{split}_images"] = images[..., np.newaxis]
     arrays[f"{split}_labels"] = labels.astype(np.int32)
@@ -319,7 +338,10 @@ def _naming(path: Path) -> Iterator[None]:
     yield
   except FileNotFoundError as error:
     raise errors.DataError(f"{path} does not exist.") from error
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+  except (
+    *(OSError, ValueError, EOFError, TypeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+  ) as e:
     raise errors.DataError(
       f"{path} is damaged or is no .npz file of plain arrays"
       f" ({_first_line(e)})."
@@ -398,6 +420,13 @@ def from_npz(path: Path) -> Dataset:
       f"{path}: training images are {train_images.shape[1:]} and test"
       f" images {test_images.shape[1:]}."
     )
+  num_classes = int(max(parts[1].max(), parts[3].max())) + 1
+  absent = np.setdiff1d(np.arange(num_classes), parts[1])
+  if len(absent):
+    raise errors.DataError(
+      f"{path}: label {absent[0]} has no training image; labels must be 0 to"
+      " the number of classes less 1, and all must occur."
+    )
   scaled = train_images.astype(np.float32) / 255
   std = scaled.std((0, 1, 2))
   return Dataset(
@@ -406,7 +435,7 @@ def from_npz(path: Path) -> Dataset:
     train_labels=parts[1].astype(np.int32),
     test_images=test_images,
     test_labels=parts[3].astype(np.int32),
-    num_classes=int(max(parts[1].max(), parts[3].max())) + 1,
+    num_classes=num_classes,
     mean=tuple(float(m) for m in scaled.mean((0, 1, 2))),
     std=tuple(float(s) if s > 0 else 1.0 for s in std),
   )

@@ -45,8 +45,6 @@ from fljax.cleanse import reports
 Array = jax.Array
 Config = configs.Config
 
-# Training has seen about this much by the first lines of a log; what a phase
-# is called in results.json is read by others.
 TRAINING = "training"
 
 
@@ -129,6 +127,13 @@ def setup(config: Config) -> Experiment:
     attack_start=config.attack_start,
   )
   federation = jax.jit(attack.data)(federation, jax.random.fold_in(root, 1))
+  for client in range(config.num_attackers):
+    if not federation.poisoned[client].any():
+      raise errors.ConfigError(
+        f"attacker {client} has no image of --victim_label="
+        f"{config.victim_label} to backdoor, or too few samples for"
+        f" --poison_fraction={config.poison_fraction:g}."
+      )
 
   plan = execution.plan_for()
   normalisation: dict[str, tuple[float, ...]] = {}
@@ -278,11 +283,14 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     if results is not None:
       console.say(f"{workdir.path} is complete; nothing is left to do.")
       if config.figures and not (workdir.path / workdirs.REPORT).exists():
-        _write_report(workdir, setup(config))
+        experiment = setup(config)
+        workdir.claim(data.digest(experiment.dataset))
+        _write_report(workdir, experiment, results)
       return results
     console.say(consoles.header(config))
     with _Stop.on_signals() as stop:
       experiment = setup(config)
+      workdir.claim(data.digest(experiment.dataset))
       driver = _Driver(experiment, workdir, console, stop)
       try:
         phases = driver.run()
@@ -294,22 +302,20 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
         "phases": phases,
         "seed": config.seed,
       }
+      workdir.write_json(workdirs.RESULTS, results)
       if config.figures:
         _write_report(workdir, experiment, results)
-      workdir.write_json(workdirs.RESULTS, results)
     return results
 
 
 def _write_report(
   workdir: workdirs.Workdir,
   experiment: Experiment,
-  results: dict[str, Any] | None = None,
+  results: dict[str, Any],
 ) -> None:
   # matplotlib is slow to import, and not needed to train.
   from fljax import report
 
-  results = results or workdir.results()
-  assert results is not None
   report.write(workdir, results, trigger_images(experiment))
 
 
@@ -418,7 +424,9 @@ class _Driver:
     self.stop = stop
     self.phases: list[dict[str, Any]] = []
     self._accuracy = jax.jit(
-      functools.partial(evaluate.accuracy, experiment.model)
+      lambda params, examples: evaluate.accuracy(
+        experiment.model, params, examples
+      )
     )
 
   # --- the course of the run -------------------------------------------------
@@ -500,12 +508,14 @@ class _Driver:
     """Federated training, in blocks between evaluations."""
     config = self.config
     started = time.perf_counter() - seconds
-    done = saved = int(state.round)
+    done = int(state.round)
     self.console.start(TRAINING, config.rounds, done)
     while done < config.rounds:
       # Every block ends at a multiple, wherever the run was interrupted.
       length = min(
-        config.eval_every - done % config.eval_every, config.rounds - done
+        config.eval_every - done % config.eval_every,
+        config.checkpoint_every - done % config.checkpoint_every,
+        config.rounds - done,
       )
       last_good = jax.tree.map(jnp.copy, state)
       state, metrics = self.experiment.block(
@@ -519,22 +529,22 @@ class _Driver:
           f" {done}, is in {self.workdir.path / workdirs.CHECKPOINTS}."
         )
       done += length
-      accuracy, success = self._measure(state.params)
+      if done % config.eval_every == 0 or done == config.rounds:
+        accuracy, success = self._measure(state.params)
+        self.workdir.log(
+          phase=TRAINING,
+          round=done,
+          loss=float(metrics.loss),
+          test_accuracy=accuracy,
+          attack_success=success,
+        )
+        self.console.advance(done, accuracy, success)
       seconds = time.perf_counter() - started
-      self.workdir.log(
-        phase=TRAINING,
-        round=done,
-        loss=float(metrics.loss),
-        test_accuracy=accuracy,
-        attack_success=success,
-      )
-      self.console.advance(done, accuracy, success)
       if self.stop.signal is not None and done < config.rounds:
         self._save_training(state, seconds)
         self._check_stop()
-      if done - saved >= config.checkpoint_every and done < config.rounds:
+      if done % config.checkpoint_every == 0 and done < config.rounds:
         self._save_training(state, seconds)
-        saved = done
     self.console.stop()
     self._record(TRAINING, state, time.perf_counter() - started)
     self._finish(TRAINING, state, side=False)
@@ -641,41 +651,48 @@ class _Driver:
         federation.scale,
       )
     )
+    validate = None
+    if experiment.validation is not None:
+      validate = functools.partial(
+        self._accuracy, examples=experiment.validation
+      )
     lines: list[dict[str, Any]] = []
-    best, waited, done = -1.0, 0, 0
-    # The block donates its state, and the caller may still need this one.
-    state = jax.tree.map(jnp.copy, state)
-    self.console.start(name, config.fine_tune_rounds, 0)
-    while done < config.fine_tune_rounds:
-      state, metrics = experiment.block(state, federation, experiment.key, 1)
-      if int(metrics.bad_round):
-        raise errors.DivergedError(
-          f"fine-tuning became not finite in its round {done + 1}: lower"
-          " --learning_rate or --fine_tune_gamma. The last good checkpoint,"
-          " of the phase before, is in"
-          f" {self.workdir.path / workdirs.CHECKPOINTS}."
-        )
-      done += 1
+
+    def tell(done: int, state: Any, loss: float, validated: float) -> None:
       accuracy, success = self._measure(state.params)
       line = {
         "round": done,
-        "loss": float(metrics.loss),
+        "loss": loss,
         "test_accuracy": accuracy,
         "attack_success": success,
       }
-      if experiment.validation is not None:
-        validated = float(self._accuracy(state.params, experiment.validation))
+      if validate is not None:
         line["accuracy"] = validated
-        waited = 0 if validated > best else waited + 1
-        best = max(best, validated)
       lines.append(line)
       self.console.advance(done, accuracy, success)
       # Nothing of this phase is saved before its end; it is short.
       self._check_stop()
-      if config.fine_tune_patience and waited >= config.fine_tune_patience:
-        break
+
+    self.console.start(name, config.fine_tune_rounds, 0)
+    tuned = pipeline.fine_tune(
+      experiment.block,
+      state,
+      federation,
+      experiment.key,
+      rounds=config.fine_tune_rounds,
+      patience=config.fine_tune_patience,
+      accuracy=validate,
+      on_round=tell,
+    )
     self.console.stop()
-    return state, {"fine_tune_rounds": done}, lambda: iter(lines)
+    if tuned.bad_round:
+      raise errors.DivergedError(
+        f"fine-tuning became not finite in its round {tuned.rounds}: lower"
+        " --learning_rate or --fine_tune_gamma. The last good checkpoint, of"
+        f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
+      )
+    facts = {"fine_tune_rounds": tuned.rounds}
+    return tuned.state, facts, lambda: iter(lines)
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
     """Adjusting extreme weights (AW)."""

@@ -124,9 +124,10 @@ def sgd_training(
   ) -> tuple[Params, Array]:
     counts = federations.training_mask(client, active)
     samples = counts.shape[0]
-    batches = jax.vmap(lambda k: epoch_batches(k, counts, batch_size))(
+    size = min(batch_size, samples)
+    batches = jax.vmap(lambda k: epoch_batches(k, counts, size))(
       jax.random.split(key, epochs)
-    ).reshape(-1, batch_size)
+    ).reshape(-1, size)
 
     def step(carry: Any, indices: Array) -> tuple[Any, tuple[Array, Array]]:
       params, opt_state = carry

@@ -125,8 +125,8 @@ def prepare(
   """Limits images to their range and normalises them (Section IV-C).
 
   Args:
-    images: [..., channels], uint8 in 0..255 or floating point, clipped to
-      [0, 1].
+    images: [..., channels], integers limited to 0..255 or floating point
+      limited to [0, 1].
     mean: per channel, of images in [0, 1].
     std: likewise, positive.
 
@@ -136,7 +136,8 @@ def prepare(
   if jnp.issubdtype(images.dtype, jnp.integer):
     scaled = images.astype(jnp.float32) / 255
   else:
-    scaled = jnp.clip(images.astype(jnp.float32), 0, 1)
+    scaled = images.astype(jnp.float32)
+  scaled = jnp.clip(scaled, 0, 1)
   shape = (1,) * (images.ndim - 1) + (-1,)
   shift = jnp.asarray(mean, jnp.float32).reshape(shape)
   scale = jnp.asarray(std, jnp.float32).reshape(shape)
@@ -375,11 +376,12 @@ MODELS = {
     (16, "pool", 32, "pool"), 64, 3, 1, True, (128,)
   ),
   "vgg11": _Architecture(
-    (
-      *(64, "pool", 128, "pool", 256, 256, "pool"),
-      *(512, 512, "pool", 512),
-    ),
-    *(512, 3, 1, True, (512, 512)),
+    stem=(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512),
+    target=512,
+    size=3,
+    padding=1,
+    pool=True,
+    hidden=(512, 512),
   ),
 }
 

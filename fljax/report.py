@@ -11,11 +11,6 @@ import io
 import json
 from typing import Any
 
-import matplotlib
-
-# Figures go to files; no display is needed, wherever this runs.
-matplotlib.use("agg")
-
 from matplotlib import figure as figures
 import numpy as np
 
@@ -57,9 +52,10 @@ def write(
       drawn[f"delta_{name}"] = delta_figure(own, phase)
     elif own:
       drawn[name] = rounds_figure(own, phase)
-  for name, figure in drawn.items():
-    workdir.write_bytes(f"{workdirs.FIGURES}/{name}.png", _png(figure))
-  workdir.write_text(workdirs.REPORT, page(results, drawn))
+  pictures = {name: _png(figure) for name, figure in drawn.items()}
+  for name, picture in pictures.items():
+    workdir.write_bytes(f"{workdirs.FIGURES}/{name}.png", picture)
+  workdir.write_text(workdirs.REPORT, page(results, pictures))
 
 
 def _png(figure: figures.Figure) -> bytes:
@@ -156,9 +152,9 @@ def trigger_figure(
   for axes, (caption, image) in zip(
     figure.subplots(1, len(images), squeeze=False)[0], images, strict=True
   ):
-    axes.imshow(
-      image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-    )
+    # Three channels are colours; of any other number, the first is shown.
+    shown = image if image.shape[-1] == 3 else image[..., 0]
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(caption, fontsize=10)
     axes.set_axis_off()
   return figure
@@ -179,12 +175,12 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto;
 """
 
 
-def page(results: dict[str, Any], drawn: dict[str, figures.Figure]) -> str:
+def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
   """The HTML page: everything inline, no script.
 
   Args:
     results: the contents of results.json.
-    drawn: figures by name.
+    pictures: PNG files by name.
 
   Returns:
     The page.
@@ -209,11 +205,11 @@ def page(results: dict[str, Any], drawn: dict[str, figures.Figure]) -> str:
     f"<td>{html.escape(console.detail(phase))}</td></tr>"
     for phase in results["phases"]
   )
-  pictures = "".join(
+  shown = "".join(
     f'<h2>{html.escape(name.replace("_", " "))}</h2><img alt="{name}"'
     ' src="data:image/png;base64,'
-    f'{base64.b64encode(_png(figure)).decode()}">'
-    for name, figure in drawn.items()
+    f'{base64.b64encode(picture).decode()}">'
+    for name, picture in pictures.items()
   )
   return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -229,7 +225,7 @@ share of stamped test images of {
 <table><thead><tr><th>phase</th><th class=number>TA, %</th>
 <th class=number>AA, %</th><th class=number>seconds</th><th>what was done</th>
 </tr></thead><tbody>{rows}</tbody></table>
-{pictures}
+{shown}
 <h2>config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>
 <h2>environment</h2>
 <pre>{html.escape(json.dumps(results["environment"], indent=2))}</pre>

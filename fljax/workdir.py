@@ -29,6 +29,8 @@ from fljax import errors
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+# In config.json beside the settings: which images and labels the run has.
+DATA_SHA256 = "data_sha256"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 FIGURES = "figures"
@@ -49,6 +51,7 @@ class Progress:
     side: whether this is a side result from which the run does not go on.
     phases: entries of results.json so far.
     metrics_lines: lines of metrics.jsonl so far.
+    metrics_sha256: their digest.
     seconds: spent in the phase so far, if it is not complete.
   """
 
@@ -58,6 +61,7 @@ class Progress:
   side: bool
   phases: list[dict[str, Any]]
   metrics_lines: int
+  metrics_sha256: str
   seconds: float
 
 
@@ -78,7 +82,7 @@ class Workdir:
     """
     self.path = Path(path).expanduser()
     self._metrics: TextIO | None = None
-    self._lines = 0
+    self._lines, self._digest = 0, hashlib.sha256()
     with self.writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = open(self.path / _LOCK, "a", encoding="utf-8")  # noqa: SIM115
@@ -89,19 +93,21 @@ class Workdir:
       raise errors.WorkdirError(
         f"{self.path} is in use by another run."
       ) from error
+    # What JSON makes of it, so that both sides compare alike.
+    self._identity = json.loads(json.dumps(identity))
     try:
-      self._claim(identity)
+      self._compare(self._identity)
     except BaseException:
       self.close()
       raise
 
-  def _claim(self, identity: dict[str, Any]) -> None:
-    """Writes the config into a new folder; compares it with an old one's."""
-    # What JSON makes of it, so that both sides compare alike.
-    identity = json.loads(json.dumps(identity))
+  def _compare(self, identity: dict[str, Any]) -> None:
+    """Refuses a folder that holds another run, or something else."""
     config = self.path / CONFIG
     if config.exists():
       there = self._read_json(config)
+      if DATA_SHA256 not in identity:
+        there.pop(DATA_SHA256, None)
       if there != identity:
         differences = ", ".join(
           f"{key}: {there.get(key, 'unset')} there,"
@@ -120,7 +126,21 @@ class Workdir:
         f"{self.path} holds {', '.join(strangers)} but no {CONFIG}; nothing"
         " is overwritten, choose another --workdir."
       )
-    self.write_json(CONFIG, identity)
+
+  def claim(self, data_sha256: str) -> None:
+    """Makes the folder this run's, once everything about it is known good.
+
+    Args:
+      data_sha256: digest of the data; a run begun on other data is refused.
+
+    Raises:
+      errors.WorkdirError: the folder's run has other data, or the folder
+        cannot be written.
+    """
+    identity = {**self._identity, DATA_SHA256: data_sha256}
+    self._compare(identity)
+    if not (self.path / CONFIG).exists():
+      self.write_json(CONFIG, identity)
 
   def close(self) -> None:
     """Releases the folder."""
@@ -172,7 +192,12 @@ class Workdir:
   def results(self) -> dict[str, Any] | None:
     """The results of a finished run, or None."""
     path = self.path / RESULTS
-    return self._read_json(path) if path.exists() else None
+    if not path.exists():
+      return None
+    results = self._read_json(path)
+    if not isinstance(results.get("phases"), list):
+      raise errors.WorkdirError(f"{path} is damaged: it holds no phases.")
+    return results
 
   def _read_json(self, path: Path) -> dict[str, Any]:
     try:
@@ -193,9 +218,11 @@ class Workdir:
     with self.writing(path):
       if self._metrics is None:
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
-      self._metrics.write(json.dumps(metrics) + "\n")
+      line = json.dumps(metrics) + "\n"
+      self._metrics.write(line)
       self._metrics.flush()
     self._lines += 1
+    self._digest.update(line.encode())
 
   def metrics(self) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl."""
@@ -208,20 +235,26 @@ class Workdir:
     except (OSError, ValueError) as error:
       raise errors.WorkdirError(f"{path} is damaged ({error}).") from error
 
-  def _rewind_metrics(self, lines: int) -> None:
+  def _rewind_metrics(self, lines: int, sha256: str) -> None:
     """Forgets lines that were written after the checkpoint."""
     path = self.path / METRICS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = text.splitlines(keepends=True)[:lines]
-    if len(kept) < lines:
+    try:
+      text = path.read_bytes() if path.exists() else b""
+    except OSError as error:
       raise errors.WorkdirError(
-        f"{path} is damaged: the checkpoint knows {lines} lines and it holds"
-        f" {len(kept)}; nothing was overwritten."
+        f"{path} cannot be read ({error}); nothing was overwritten."
+      ) from error
+    kept = b"".join(text.splitlines(keepends=True)[:lines])
+    digest = hashlib.sha256(kept)
+    if digest.hexdigest() != sha256:
+      raise errors.WorkdirError(
+        f"{path} is damaged: it does not begin with the {lines} lines that"
+        " the checkpoint knows; nothing was overwritten."
       )
-    with self.writing(path):
-      if lines or text:
-        _replace(path, "".join(kept).encode())
-    self._lines = lines
+    if kept != text:
+      with self.writing(path):
+        _replace(path, kept)
+    self._lines, self._digest = lines, digest
 
   # --- checkpoints -----------------------------------------------------------
 
@@ -230,8 +263,8 @@ class Workdir:
 
     Args:
       state: a pytree of arrays.
-      **progress: fields of `Progress` other than `sequence` and
-        `metrics_lines`.
+      **progress: fields of `Progress` other than `sequence` and those of
+        metrics.jsonl.
 
     Returns:
       The checkpoint's folder.
@@ -241,10 +274,17 @@ class Workdir:
     """
     existing = self._checkpoints()
     sequence = existing[-1][0] + 1 if existing else 1
-    record = Progress(sequence=sequence, metrics_lines=self._lines, **progress)
+    record = Progress(
+      sequence=sequence,
+      metrics_lines=self._lines,
+      metrics_sha256=self._digest.hexdigest(),
+      **progress,
+    )
     state = jax.device_get(state)
     path = self.path / CHECKPOINTS / f"{sequence:04d}-{record.phase}"
     with self.writing(path):
+      if self._metrics is not None:
+        os.fsync(self._metrics.fileno())
       path.parent.mkdir(exist_ok=True)
       _write_checkpoint(path, state, record)
     if record.complete:
@@ -274,13 +314,13 @@ class Workdir:
         shutil.rmtree(path, ignore_errors=True)
     paths = [path for _, path in self._checkpoints()]
     if not paths:
-      self._rewind_metrics(0)
+      self._rewind_metrics(0, hashlib.sha256().hexdigest())
       return None
     newest = read_progress(paths[-1])
     for path in reversed(paths):
       if not read_progress(path).side:
         state = read_checkpoint(path, like)
-        self._rewind_metrics(newest.metrics_lines)
+        self._rewind_metrics(newest.metrics_lines, newest.metrics_sha256)
         return state, newest
     raise errors.CheckpointError(f"{self.path} holds side results only.")
 
@@ -320,10 +360,20 @@ def _replace(path: Path, content: bytes) -> None:
     os.umask(umask)
     os.chmod(name, 0o666 & ~umask)
     os.replace(name, path)
+    _sync_folder(path.parent)
   except BaseException:
     with contextlib.suppress(OSError):
       os.unlink(name)
     raise
+
+
+def _sync_folder(path: Path) -> None:
+  """Makes a rename survive a loss of power."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 # --- one checkpoint ----------------------------------------------------------
@@ -331,9 +381,9 @@ def _replace(path: Path, content: bytes) -> None:
 # <sequence>-<phase>/progress.json    Progress, and the arrays' digest
 
 
-def _digest(state: Any) -> str:
-  """SHA-256 over names, types, shapes and bytes of all arrays."""
-  digest = hashlib.sha256()
+def _digest(state: Any, record: dict[str, Any]) -> str:
+  """SHA-256 over the record and all arrays' names, types, shapes and bytes."""
+  digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
   for path, leaf in leaves:
     array = np.ascontiguousarray(leaf)
@@ -364,9 +414,11 @@ def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
       raise
     except Exception as error:  # TensorStore has errors of its own.
       raise OSError(_first_line(error)) from error
-    record = {**dataclasses.asdict(progress), "sha256": _digest(state)}
+    record = dataclasses.asdict(progress)
+    record["sha256"] = _digest(state, record)
     _replace(partial / "progress.json", json.dumps(record, indent=2).encode())
     os.replace(partial, path)
+    _sync_folder(path.parent)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
@@ -436,7 +488,7 @@ def read_checkpoint(path: Path, like: Any) -> Any:
   Raises:
     errors.CheckpointError: it is damaged or belongs to another model.
   """
-  _, digest = _read_record(path)
+  progress, digest = _read_record(path)
   try:
     stored = _checkpointer().restore((path / "state").absolute())
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
@@ -455,9 +507,9 @@ def read_checkpoint(path: Path, like: Any) -> Any:
         f" {array.shape}, not {leaf.dtype} {leaf.shape}."
       )
   state = jax.tree.unflatten(tree, arrays)
-  if _digest(state) != digest:
+  if _digest(state, dataclasses.asdict(progress)) != digest:
     raise errors.CheckpointError(
-      f"checkpoint {path} is damaged: its arrays are not those that were"
-      " saved; nothing was overwritten."
+      f"checkpoint {path} is damaged: it is not what was saved; nothing was"
+      " overwritten."
     )
   return state

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import sys
 
 from absl import app
+from absl import flags
 from absl import logging
 
 from fljax import config
@@ -29,4 +30,6 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
   config.define_flags()
+  # So that --help shows them.
+  flags.adopt_module_key_flags(config)
   app.run(main)

@@ -16,9 +16,21 @@ def main(folders: list[str]) -> int:
     path = Path(folder) / "results.json"
     try:
       runs.append(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-      print(f"fljax: {path} cannot be read ({error}).", file=sys.stderr)
+      runs[-1]["phases"], runs[-1]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      print(f"fljax: {path} cannot be read ({error!r}).", file=sys.stderr)
       return 2
+  ignored = ("seed", "figures")
+  settings = [
+    {key: value for key, value in run["config"].items() if key not in ignored}
+    for run in runs
+  ]
+  if any(setting != settings[0] for setting in settings):
+    print("these runs differ in more than their seed:", file=sys.stderr)
+    for key in sorted(settings[0]):
+      values = {str(setting.get(key)) for setting in settings}
+      if len(values) > 1:
+        print(f"  {key}: {', '.join(sorted(values))}", file=sys.stderr)
   seeds = ", ".join(str(run["seed"]) for run in runs)
   print(f"seeds {seeds}")
   print(console.summary(runs))

@@ -81,6 +81,17 @@ def test_padding_is_never_poisoned():
   np.testing.assert_array_equal(poisoned.sum(axis=1), [5, 5, 5, 5])
 
 
+def test_at_least_one_victim_image_is_kept():
+  federation, _ = make_federation(attackers=0, samples=20)
+  labels = jnp.zeros_like(federation.labels).at[:, 7].set(VICTIM)
+  federation = federation.replace(attacker=jnp.ones(4, bool), labels=labels)
+  after = make_backdoor(0.99).data(federation, jax.random.key(5))
+  np.testing.assert_array_equal(after.poisoned.sum(axis=1), [19] * 4)
+  assert not after.poisoned[:, 7].any()
+  for client in range(4):
+    assert (after.images[client] == federation.images[client, 7:8]).all()
+
+
 def test_an_attacker_without_victim_images_poisons_nothing():
   federation, _ = make_federation(attackers=0)
   federation = federation.replace(attacker=jnp.ones(4, bool))

@@ -65,6 +65,8 @@ def test_every_range_is_checked(field):
     bad.append(type(field.default)(data["high"] + 1))
   if isinstance(field.default, float):
     bad += [float("nan"), float("inf")]
+  if isinstance(field.default, int) and not isinstance(field.default, bool):
+    bad.append(2**31)
   bad.append(None)
   for value in bad:
     with pytest.raises(errors.ConfigError, match=f"--{field.name}="):

@@ -34,7 +34,7 @@ def test_the_summary_averages_over_runs():
   runs = [_results(0.9, 0.0), _results(1.0, 0.5)]
   lines = console.summary(runs).splitlines()
   assert lines[1].split() == (
-    ["training", "2", "95.00", "±", "5.00", "25.00", "±", "25.00", "2.0"]
+    ["training", "2", "95.00", "±", "7.07", "25.00", "±", "35.36", "2.0"]
   )
 
 

@@ -228,6 +228,7 @@ def test_images_in_the_unit_interval_become_256_levels(tmp_path):
     ({"labels": np.zeros(11, int)}, "need as many labels"),
     ({"labels": np.zeros(12)}, "must be integers"),
     ({"labels": np.full(12, -1)}, "must be integers from 0"),
+    ({"labels": 1 + np.arange(12) % 3}, "label 0 has no training image"),
     ({"images": np.full((12, 5, 6), 7.0)}, "must be uint8"),
     ({"images": np.full((12, 5, 6), np.nan)}, "must be uint8"),
   ],
@@ -242,6 +243,34 @@ def test_other_npz_files_are_refused(tmp_path):
     _load(tmp_path, {"a": np.zeros(1), "b": np.zeros(1)})
   with pytest.raises(errors.DataError, match="does not exist"):
     data.load(str(tmp_path / "none.npz"))
+
+
+def test_an_array_that_is_no_archive_is_refused(tmp_path):
+  np.save(tmp_path / "own.npy", np.zeros(3))
+  (tmp_path / "own.npy").rename(tmp_path / "own.npz")
+  with pytest.raises(errors.DataError, match="damaged or is no"):
+    data.load(str(tmp_path / "own.npz"))
+
+
+def test_idx_files_of_more_than_ten_classes_are_refused(tmp_path):
+  arrays = _write_idx(tmp_path)
+  labels = arrays["test_labels"].copy()
+  labels[3] = 46
+  with gzip.open(tmp_path / data._IDX_FILES["test_labels"], "wb") as stream:
+    stream.write(b"\0\0\x08\x01" + bytes([0, 0, 0, 6]) + labels.tobytes())
+  with pytest.raises(errors.DataError, match="test labels go to 46"):
+    data.load("mnist", str(tmp_path))
+
+
+def test_the_digest_knows_the_order_of_images():
+  images, labels = (
+    np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1),
+    np.arange(2),
+  )
+  one = data.Dataset("x", images, labels, images, labels, 2, (0,), (1,))
+  two = one._replace(train_images=images[::-1])
+  assert data.digest(one) == data.digest(one._replace(name="y"))
+  assert data.digest(one) != data.digest(two)
 
 
 def test_pickles_are_never_loaded(tmp_path):

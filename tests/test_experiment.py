@@ -244,6 +244,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, monkeypatch, moment):
     _assert_same(_final(config), _final(killed))
 
 
+def test_a_run_on_other_data_is_refused(config, tmp_path):
+  experiment.run(_with(config, cleanse=""), quiet=True)
+  folder = workdirs.Path(config.workdir)
+  (folder / "results.json").unlink()
+  images, labels = make_images(600, seed=3)
+  np.savez(tmp_path / "other.npz", images=images, labels=labels)
+  record = json.loads((folder / "config.json").read_text())
+  record["dataset"] = str(tmp_path / "other.npz")
+  (folder / "config.json").write_text(json.dumps(record))
+  with pytest.raises(errors.WorkdirError, match="data_sha256"):
+    experiment.run(
+      _with(config, cleanse="", dataset=record["dataset"]), quiet=True
+    )
+
+
+def test_checkpoints_may_be_more_frequent_than_evaluations(config):
+  config = _with(config, eval_every=4, checkpoint_every=3, cleanse="")
+  experiment.run(config, quiet=True)
+  assert [line["round"] for line in _final(config)[1]] == [4, 6]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(config, monkeypatch, number):
   experiment.run(config, quiet=True)
@@ -319,11 +340,14 @@ def test_a_run_killed_from_outside_goes_on(tmp_path):
     ({"labels_per_client": 5}, "labels_per_client=5"),
     ({"model": "mnist_large"}, "too small"),
     ({"dataset": "missing.npz"}, "does not exist"),
+    ({"poison_fraction": 0.001}, "attacker 0 has no image"),
   ],
 )
 def test_what_does_not_fit_the_data_is_refused(config, changes, message):
   with pytest.raises(errors.FljaxError, match=message):
     experiment.run(_with(config, **changes), quiet=True)
+  # Corrected, the same command works in the same folder.
+  experiment.run(_with(config, rounds=1, cleanse=""), quiet=True)
 
 
 def test_training_that_diverges_stops_with_the_last_good_checkpoint(config):

@@ -120,6 +120,9 @@ def test_inputs_are_normalised_and_limited_to_their_range():
   images = jnp.asarray([[-3.0, 0.0, 0.5, 1.0, 7.0]]).reshape(1, 5, 1, 1)
   out = models.prepare(images, (0.5,), (0.25,))
   np.testing.assert_allclose(out.ravel(), [-2, -2, 0, 2, 2])
+  integers = jnp.asarray([-5, 0, 255, 3000]).reshape(1, 4, 1, 1)
+  out = models.prepare(integers, (0.5,), (0.25,))
+  np.testing.assert_allclose(out.ravel(), [-2, -2, 2, 2])
   whole = jnp.asarray([0, 51, 255], jnp.uint8).reshape(1, 3, 1, 1)
   scaled = whole.astype(jnp.float32) / 255
   chex.assert_trees_all_close(

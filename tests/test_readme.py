@@ -26,5 +26,7 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_every_file_that_is_named_exists():
-  for name in re.findall(r"`(launch/[a-z_0-9.]+|\.ci/run)`", README):
+  for name in re.findall(
+    r"[`(](launch/[a-z_0-9.]+|\.ci/run|BUILD_NOTES\.md)[`)]", README
+  ):
     assert (ROOT / name).exists(), name

@@ -21,8 +21,14 @@ def _state(value=1.0):
   }
 
 
-def _open(path, identity=IDENTITY):
-  return workdirs.Workdir(str(path), identity)
+def _open(path, identity=IDENTITY, data="0"):
+  workdir = workdirs.Workdir(str(path), identity)
+  try:
+    workdir.claim(data)
+  except BaseException:
+    workdir.close()
+    raise
+  return workdir
 
 
 def _save(workdir, value, phase="training", **changes):
@@ -128,7 +134,9 @@ def _flip(path):
   path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "json", "swapped"])
+@pytest.mark.parametrize(
+  "damage", ["flip", "cut", "gone", "json", "swapped", "record"]
+)
 def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, damage):
   with _open(tmp_path) as workdir:
     one = _save(workdir, np.float32(1.25).item(), phase="fp", complete=True)
@@ -140,6 +148,9 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, damage):
     largest.write_bytes(largest.read_bytes()[:20])
   elif damage == "gone":
     shutil.rmtree(path / "state")
+  elif damage == "record":
+    record = json.loads((path / "progress.json").read_text())
+    (path / "progress.json").write_text(json.dumps({**record, "seconds": 9}))
   elif damage == "json":
     (path / "progress.json").write_text("{")
   else:
@@ -172,8 +183,20 @@ def test_a_folder_of_another_config_is_refused_with_the_differences(tmp_path):
   assert "seed: 0 there, 1 here" in message
   assert "gamma: unset there, 2.0 here" in message
   assert "rounds" not in message
-  assert json.loads((tmp_path / "config.json").read_text()) == IDENTITY
+  there = json.loads((tmp_path / "config.json").read_text())
+  assert there == {**IDENTITY, "data_sha256": "0"}
   _open(tmp_path).close()  # And is not left locked.
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+  _open(tmp_path).close()
+  with pytest.raises(errors.WorkdirError, match="data_sha256: 0 there, 1 here"):
+    _open(tmp_path, data="1")
+
+
+def test_a_folder_that_was_not_claimed_is_free_for_another_config(tmp_path):
+  workdirs.Workdir(str(tmp_path), IDENTITY).close()
+  _open(tmp_path, {"seed": 1}).close()
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -197,11 +220,12 @@ def test_a_damaged_config_is_named(tmp_path):
     _open(tmp_path)
 
 
-def test_lost_metrics_are_noticed(tmp_path):
+@pytest.mark.parametrize("content", [b"", b'{"round": 2}\n', b"\xff\xfe\n"])
+def test_lost_or_changed_metrics_are_noticed(tmp_path, content):
   with _open(tmp_path) as workdir:
     workdir.log(round=1)
     _save(workdir, 1.0)
-  (tmp_path / "metrics.jsonl").write_text("")
+  (tmp_path / "metrics.jsonl").write_bytes(content)
   with (
     _open(tmp_path) as workdir,
     pytest.raises(errors.WorkdirError, match=r"metrics\.jsonl is damaged"),
@@ -224,7 +248,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
   with _open(tmp_path) as workdir:
-    workdir.write_json("results.json", {"a": 1})
+    workdir.write_json("results.json", {"phases": [1]})
     _save(workdir, 1.0)
 
     def full(*_):
@@ -232,11 +256,11 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(errors.WorkdirError, match="No space left on device"):
-      workdir.write_json("results.json", {"a": 2})
+      workdir.write_json("results.json", {"phases": [2]})
     with pytest.raises(errors.WorkdirError, match="No space left on device"):
       _save(workdir, 2.0)
     monkeypatch.undo()
-    assert workdir.results() == {"a": 1}
+    assert workdir.results() == {"phases": [1]}
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["0001-training"]
     assert not list(tmp_path.glob(".results*"))

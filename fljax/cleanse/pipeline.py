@@ -1,10 +1,8 @@
 """The phases of cleansing, each callable alone on a user's own parameters.
 
     pruned = prune(model, params, means, on_validation, ...)
-    adjusted = adjust(model, pruned.params, pruned.neuron_mask, ...)
-
-Fine-tuning, the phase between them, is federated training with the mask in
-the server's state: see `rounds`.
+    tuned = fine_tune(block, state with pruned.params and neuron_mask, ...)
+    adjusted = adjust(model, tuned.state.params, pruned.neuron_mask, ...)
 
 How far to go is decided by accuracies, and where those come from is a
 function that the caller passes: `validation_curves` for a server with images
@@ -16,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -180,6 +179,77 @@ def prune(
   )
 
 
+class FineTuned(NamedTuple):
+  """Outcome of federated fine-tuning.
+
+  Attributes:
+    state: the server's state after the last round.
+    rounds: how many rounds were run.
+    bad_round: whether the last of them was not finite.
+  """
+
+  state: Any
+  rounds: int
+  bad_round: bool
+
+
+def fine_tune(
+  block: Callable[..., tuple[Any, Any]],
+  state: Any,
+  federation: federations.Federation,
+  key: Array,
+  *,
+  rounds: int,
+  patience: int = 0,
+  accuracy: Callable[[models.Params], Array | float] | None = None,
+  on_round: Callable[[int, Any, float, float], None] | None = None,
+) -> FineTuned:
+  """Trains on with everybody, attackers included, under the neuron mask.
+
+  It is federated training and nothing else: pruned neurons stay at zero
+  because the server's state carries the mask (`rounds.ServerState`).
+
+  Args:
+    block: from `rounds.make_block`; the very program that trained the model.
+    state: the server's state with the pruned model and its mask. It is
+      copied, so that it is still there afterwards.
+    federation: all clients; their `scale` is the amplification that attackers
+      keep up.
+    key: random key of training.
+    rounds: at most so many.
+    patience: stops after so many rounds without better accuracy; 0 never
+      does.
+    accuracy: params -> accuracy on the server's validation images; None runs
+      all rounds.
+    on_round: is told rounds done, state, training loss, and accuracy (NaN
+      without) after each.
+
+  Returns:
+    The state after the last round, not of the best one: the server stops
+    "when the accuracy does not improve any further".
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section IV-B, Equation 2.
+  """
+  state = jax.tree.map(jnp.copy, state)
+  best, waited = float("-inf"), 0
+  for done in range(1, rounds + 1):
+    state, metrics = block(state, federation, key, 1)
+    if int(metrics.bad_round):
+      return FineTuned(state, done, True)
+    measured = float("nan")
+    if accuracy is not None:
+      measured = float(accuracy(state.params))
+      waited = 0 if measured > best else waited + 1
+      best = max(best, measured)
+    if on_round is not None:
+      on_round(done, state, float(metrics.loss), measured)
+    if patience and waited >= patience:
+      return FineTuned(state, done, False)
+  return FineTuned(state, rounds, False)
+
+
 class Adjusted(NamedTuple):
   """Outcome of adjusting extreme weights.
 
@@ -242,7 +312,7 @@ def adjust(
   measured: list[float] = []
   for accuracy in accuracies(params, mean, std, np.asarray(tried)):
     measured.append(float(accuracy))
-    if not accuracy >= measured[0] - max_drop:
+    if not accuracy >= measured[0] - max_drop - selection.TOLERANCE:
       break
   kept = selection.last_above(np.asarray(measured), measured[0] - max_drop)
   adjusted = weights.zero_extremes(kernel, mean, std, tried[kept])

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+# Accuracies are float32 shares of counted hits: less than one hit, more than
+# their rounding.
+TOLERANCE = 1e-6
+
 
 def last_above(accuracies: np.ndarray, floor: float) -> int:
   """The last step before the first that falls below the floor.
@@ -22,7 +26,7 @@ def last_above(accuracies: np.ndarray, floor: float) -> int:
   """
   accuracies = np.asarray(accuracies)
   # NaN compares false, and so is no acceptable accuracy.
-  failing = np.flatnonzero(~(accuracies[1:] >= floor))
+  failing = np.flatnonzero(~(accuracies[1:] >= floor - TOLERANCE))
   return int(failing[0]) if failing.size else len(accuracies) - 1
 
 

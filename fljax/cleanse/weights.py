@@ -71,7 +71,8 @@ def zero_extremes(
   References:
     The paper, Section IV-C and Algorithm 1, "Adjusting Weights".
   """
-  reach = delta * std
+  # Of an infinite Δ and a σ of zero, infinity wins: no change.
+  reach = jnp.where(jnp.isinf(delta), jnp.inf, delta * std)
   inside = (kernel >= mean - reach) & (kernel <= mean + reach)
   return jnp.where(inside, kernel, jnp.zeros_like(kernel))
 

@@ -12,6 +12,7 @@ ACCURACIES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 def test_the_failing_step_is_undone(accuracies, floor):
   """Everything up to the chosen step holds the floor; the next one fails."""
   chosen = selection.last_above(np.asarray(accuracies), floor)
+  floor -= selection.TOLERANCE
   assert all(a >= floor for a in accuracies[1 : chosen + 1])
   if chosen + 1 < len(accuracies):
     assert accuracies[chosen + 1] < floor
@@ -26,6 +27,7 @@ def test_the_failing_step_is_undone(accuracies, floor):
     ([0.9, 0.9, 0.9], 0.85, 2),
     ([0.9, float("nan"), 0.9], 0.85, 0),
     ([0.2], 0.85, 0),
+    ([1.0, np.float32(0.9)], 0.9, 1),  # Rounding is no loss of accuracy.
   ],
 )
 def test_the_last_step_before_the_first_failing_one(accuracies, floor, chosen):

@@ -65,9 +65,10 @@ def test_adjusting_is_symmetric_around_a_zero_mean(seed, delta):
 
 def test_an_infinite_threshold_changes_nothing():
   kernel = _kernel(0)
-  chex.assert_trees_all_equal(
-    weights.zero_extremes(kernel, 0.0, 1.0, jnp.inf), kernel
-  )
+  for std in (1.0, 0.0):
+    chex.assert_trees_all_equal(
+      weights.zero_extremes(kernel, 0.0, std, jnp.inf), kernel
+    )
 
 
 @given(seed=SEEDS)
