@@ -161,7 +161,7 @@ def test_blocks_of_any_length_give_the_same_bits(model):
 
 
 def test_jit_equals_eager(model):
-  federation, attack = make_federation(clients=2, samples=4)
+  federation, attack = make_federation(clients=1, samples=4)
   training = make_training(model, epochs=1, momentum=0.0)
   run = make_round(model, attack, training=training)
   state = make_state(model)
