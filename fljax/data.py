@@ -270,15 +270,11 @@ def _decode(name: str, prepared: Path) -> dict[str, np.ndarray]:
     raise errors.DataError(
       f"{prepared} is damaged or was not prepared with"
       f" file_format='array_record' ({type(error).__name__}:"
-      f" {_first_line(error)})."
+      f" {errors.first_line(error)})."
     ) from error
   if not len(arrays["train_images"]) or not len(arrays["test_images"]):
     raise errors.DataError(f"{prepared} holds no {name} images.")
   return arrays
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or ["no message"])[0][:200]
 
 
 def _download(root: Path, name: str) -> Path:
@@ -294,7 +290,7 @@ def _download(root: Path, name: str) -> Path:
   except Exception as error:
     raise errors.DataError(
       f"{name} could not be downloaded and prepared in {root}"
-      f" ({type(error).__name__}: {_first_line(error)})."
+      f" ({type(error).__name__}: {errors.first_line(error)})."
     ) from error
   prepared = _find_prepared(root, name)
   if prepared is None:
@@ -344,7 +340,7 @@ def _naming(path: Path) -> Iterator[None]:
   ) as e:
     raise errors.DataError(
       f"{path} is damaged or is no .npz file of plain arrays"
-      f" ({_first_line(e)})."
+      f" ({errors.first_line(e)})."
     ) from e
 
 

@@ -32,3 +32,8 @@ class DivergedError(FljaxError):
 
 class InterruptedRunError(FljaxError):
   """The run was asked to stop; its progress is saved."""
+
+
+def first_line(error: Exception) -> str:
+  """What another library's exception says, short enough for one sentence."""
+  return (str(error).splitlines() or ["no message"])[0][:200]

@@ -127,8 +127,9 @@ def setup(config: Config) -> Experiment:
     attack_start=config.attack_start,
   )
   federation = jax.jit(attack.data)(federation, jax.random.fold_in(root, 1))
+  poisons = np.any(federation.poisoned, axis=1).tolist()
   for client in range(config.num_attackers):
-    if not federation.poisoned[client].any():
+    if not poisons[client]:
       raise errors.ConfigError(
         f"attacker {client} has no image of --victim_label="
         f"{config.victim_label} to backdoor, or too few samples for"

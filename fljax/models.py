@@ -224,7 +224,7 @@ def from_flax(
       raise
     raise errors.ConfigError(
       f"the model does not accept images of {image_shape}:"
-      f" {(str(error).splitlines() or ['no message'])[0]}"
+      f" {errors.first_line(error)}"
     ) from error
   neurons = active.shape[-1]
   if logits.shape != (1, num_classes):

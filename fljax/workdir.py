@@ -413,7 +413,7 @@ def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
     except OSError:
       raise
     except Exception as error:  # TensorStore has errors of its own.
-      raise OSError(_first_line(error)) from error
+      raise OSError(errors.first_line(error)) from error
     record = dataclasses.asdict(progress)
     record["sha256"] = _digest(state, record)
     _replace(partial / "progress.json", json.dumps(record, indent=2).encode())
@@ -436,10 +436,6 @@ def _reserve(path: Path, size: int) -> None:
     stream.flush()
     os.fsync(stream.fileno())
   path.unlink()
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or ["no message"])[0][:200]
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
@@ -471,7 +467,7 @@ def _read_record(path: Path) -> tuple[Progress, str]:
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
     raise errors.CheckpointError(
       f"checkpoint {path} is damaged: its progress.json cannot be read"
-      f" ({_first_line(error)}); nothing was overwritten."
+      f" ({errors.first_line(error)}); nothing was overwritten."
     ) from error
 
 
@@ -497,7 +493,7 @@ def read_checkpoint(path: Path, like: Any) -> Any:
   except Exception as error:  # Orbax and TensorStore raise all kinds.
     raise errors.CheckpointError(
       f"checkpoint {path} is damaged or of another model"
-      f" ({type(error).__name__}: {_first_line(error)}); nothing was"
+      f" ({type(error).__name__}: {errors.first_line(error)}); nothing was"
       " overwritten."
     ) from error
   for name, array, (_, leaf) in zip(names, arrays, leaves, strict=True):
