@@ -39,7 +39,7 @@ _ACCELERATOR = Plan(
 )
 PLANS = {
   "cpu": Plan(
-    forms=layers.Forms(conv="slices", pooling="reshape"),
+    forms=layers.Forms(conv="blocks", pooling="reshape"),
     client_chunk=1,
     evaluation_batch=50,
   ),

@@ -21,7 +21,7 @@ Array = jax.Array
 Initializer = Callable[..., Array]
 
 
-CONV_FORMS = ("slices", "lax")
+CONV_FORMS = ("blocks", "slices", "lax")
 POOLING_FORMS = ("reshape", "lax")
 
 
@@ -30,8 +30,9 @@ class Forms(NamedTuple):
 
   Attributes:
     conv: "slices" (shifted slices and one matrix product, in which a
-      `vmap` over kernels is a true batch dimension) or "lax"
-      (`lax.conv_general_dilated`).
+      `vmap` over kernels is a true batch dimension), "blocks" (the same, but
+      where a pooling follows, one row of the product yields all four outputs
+      of a pooling window) or "lax" (`lax.conv_general_dilated`).
     pooling: "reshape" (maximum over two split axes) or "lax"
       (`lax.reduce_window`).
   """
@@ -107,6 +108,38 @@ def extract_patches(images: Array, size: int) -> Array:
   )
 
 
+@jax.custom_vjp
+def product(patches: Array, kernel: Array) -> Array:
+  """Patches [..., inner] @ kernel [inner, features].
+
+  The kernel's gradient is written as the product of two untransposed
+  operands; the derived one makes XLA's CPU backend copy a transposed operand
+  that is as large as the patches.
+  """
+  return patches @ kernel
+
+
+def _product_forward(
+  patches: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+  return patches @ kernel, (patches, kernel)
+
+
+def _product_backward(
+  saved: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+  patches, kernel = saved
+  by_patches = lax.dot_general(
+    cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ()))
+  )
+  rows = tuple(range(patches.ndim - 1))
+  by_kernel = lax.dot_general(patches, cotangent, ((rows, rows), ((), ())))
+  return by_patches, by_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def convolve(images: Array, kernel: Array, *, padding: int, form: str) -> Array:
   """Cross-correlates images with a square kernel at stride 1.
 
@@ -128,22 +161,79 @@ def convolve(images: Array, kernel: Array, *, padding: int, form: str) -> Array:
       padding=[(padding, padding)] * 2,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-  if padding:
-    images = jnp.pad(images, [(0, 0), (padding,) * 2, (padding,) * 2, (0, 0)])
+  images = _pad(images, padding)
   size, features = kernel.shape[0], kernel.shape[-1]
-  return extract_patches(images, size) @ kernel.reshape(-1, features)
+  return product(extract_patches(images, size), kernel.reshape(-1, features))
+
+
+def convolve_windows(images: Array, kernel: Array, *, padding: int) -> Array:
+  """`convolve`, its output grouped by 2 x 2 pooling windows.
+
+  Four neighbouring outputs need (size + 1)² inputs, hardly more than one
+  needs. With the images' 2 x 2 blocks as channels it is a convolution of
+  ((size + 1) / 2)² taps to 4·features: a quarter of the patches to make and,
+  for the gradient, to scatter, and wider products, for (size + 1)² / size²
+  times the arithmetic.
+
+  Args:
+    images: [batch, height, width, channels].
+    kernel: [size, size, channels, features], size odd.
+    padding: zeros added on each side.
+
+  Returns:
+    [batch, height' // 2, width' // 2, 4, features], height' and width' those
+    of `convolve`; odd edges are dropped, as a pooling drops them.
+  """
+  images = _pad(images, padding)
+  size, _, channels, features = kernel.shape
+  batch = images.shape[0]
+  height, width = ((side - size + 1) // 2 for side in images.shape[1:3])
+  taps = (size + 1) // 2
+  rows, columns = height + taps - 1, width + taps - 1
+  blocks = (
+    images[:, : 2 * rows, : 2 * columns]
+    .reshape(batch, rows, 2, columns, 2, channels)
+    .transpose(0, 1, 3, 2, 4, 5)
+    .reshape(batch, rows, columns, 4 * channels)
+  )
+  # Each of the four outputs sees the kernel at its own place among the
+  # (size + 1)² inputs.
+  placed = jnp.stack(
+    [
+      jnp.pad(kernel, ((down, 1 - down), (right, 1 - right), (0, 0), (0, 0)))
+      for down in (0, 1)
+      for right in (0, 1)
+    ],
+    axis=3,
+  )
+  placed = (
+    placed.reshape(taps, 2, taps, 2, channels, 4 * features)
+    .transpose(0, 2, 1, 3, 4, 5)
+    .reshape(-1, 4 * features)
+  )
+  out = product(extract_patches(blocks, taps), placed)
+  return out.reshape(batch, height, width, 4, features)
+
+
+def _pad(images: Array, padding: int) -> Array:
+  if not padding:
+    return images
+  return jnp.pad(images, [(0, 0), (padding,) * 2, (padding,) * 2, (0, 0)])
 
 
 def max_pool(images: Array, *, form: str) -> Array:
   """Maximum over non-overlapping 2 x 2 windows; odd edges are dropped.
 
   Args:
-    images: [batch, height, width, channels].
+    images: [batch, height, width, channels]; or, already grouped by
+      `convolve_windows`, [batch, height // 2, width // 2, 4, channels].
     form: see `Forms.pooling`.
 
   Returns:
     [batch, height // 2, width // 2, channels].
   """
+  if images.ndim == 5:
+    return images.max(axis=3)
   if form == "lax":
     return nn.max_pool(images, (2, 2), strides=(2, 2))
   batch, height, width, channels = images.shape
@@ -155,13 +245,26 @@ def max_pool(images: Array, *, form: str) -> Array:
 
 
 class Conv(nn.Module):
-  """Convolution at stride 1 with bias; parameters `kernel` and `bias`."""
+  """Convolution at stride 1 with bias; parameters `kernel` and `bias`.
+
+  Attributes:
+    features: output channels.
+    size: of the kernel.
+    padding: zeros added on each side.
+    kernel_init: also decides how the bias starts.
+    forms: how it is computed.
+    then: what comes next: "pool", a 2 x 2 maximum that is taken here, before
+      the bias, which gives the same values for a quarter of the additions;
+      "pool later", for which the output may be grouped by windows, see
+      `convolve_windows`, if none of it falls outside of them; or "".
+  """
 
   features: int
   size: int
   padding: int
   kernel_init: Initializer
-  form: str
+  forms: Forms
+  then: str = ""
 
   @nn.compact
   def __call__(self, images: Array) -> Array:
@@ -173,8 +276,19 @@ class Conv(nn.Module):
       _bias_init(self.kernel_init, math.prod(shape[:-1])),
       (self.features,),
     )
-    out = convolve(images, kernel, padding=self.padding, form=self.form)
-    return out + bias.reshape(1, 1, 1, -1)
+    grow = 2 * self.padding - self.size + 1
+    even = not any((side + grow) % 2 for side in images.shape[1:3])
+    if (
+      self.forms.conv == "blocks"
+      and self.size % 2
+      and (self.then == "pool" or (self.then == "pool later" and even))
+    ):
+      out = convolve_windows(images, kernel, padding=self.padding)
+    else:
+      out = convolve(images, kernel, padding=self.padding, form=self.forms.conv)
+    if self.then == "pool":
+      out = max_pool(out, form=self.forms.pooling)
+    return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 class Dense(nn.Module):

@@ -301,24 +301,26 @@ class _Stem(nn.Module):
     for position, item in enumerate(self.spec):
       if item == "pool":
         continue
-      x = layers.Conv(
-        features=int(item),
-        size=self.size,
-        padding=self.padding,
-        kernel_init=self.kernel_init,
-        form=self.forms.conv,
-      )(x)
       # ReLU is monotone: pooling first gives the same values and spares
       # three quarters of it.
-      if self.spec[position + 1 : position + 2] == ("pool",):
-        x = layers.max_pool(x, form=self.forms.pooling)
-      x = nn.relu(x)
+      pooled = self.spec[position + 1 : position + 2] == ("pool",)
+      x = nn.relu(
+        layers.Conv(
+          features=int(item),
+          size=self.size,
+          padding=self.padding,
+          kernel_init=self.kernel_init,
+          forms=self.forms,
+          then="pool" if pooled else "",
+        )(x)
+      )
     return x
 
 
 class _Target(nn.Module):
   """The last convolution and its ReLU."""
 
+  pool: bool
   features: int
   size: int
   padding: int
@@ -333,7 +335,8 @@ class _Target(nn.Module):
         size=self.size,
         padding=self.padding,
         kernel_init=self.kernel_init,
-        form=self.forms.conv,
+        forms=self.forms,
+        then="pool later" if self.pool else "",
       )(x)
     )
 
@@ -445,7 +448,7 @@ def build(
   window: dict[str, Any] = {"size": plan.size, "padding": plan.padding}
   return from_flax(
     stem=_Stem(spec=plan.stem, **window, **shared),
-    target=_Target(features=plan.target, **window, **shared),
+    target=_Target(pool=plan.pool, features=plan.target, **window, **shared),
     head=_Head(
       pool=plan.pool,
       hidden=plan.hidden,

@@ -40,6 +40,40 @@ def test_forms_of_convolution_agree_in_value_and_gradient(
 
 
 @settings(max_examples=6)
+@given(
+  size=st.sampled_from([1, 3, 5]),
+  padding=st.sampled_from([0, 1, 2]),
+  height=st.integers(6, 9),
+  width=st.integers(6, 9),
+  channels=st.integers(1, 3),
+  features=st.integers(1, 4),
+)
+def test_windows_pool_to_the_same_values_and_gradients(
+  size, padding, height, width, channels, features
+):
+  images = jax.random.normal(KEY, (2, height, width, channels))
+  kernel = jax.random.normal(KEY, (size, size, channels, features))
+
+  def value_and_grads(conv):
+    def loss(images, kernel):
+      out = layers.max_pool(conv(images, kernel), form="reshape")
+      return jnp.square(out).sum(), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(grad)(images, kernel)
+
+  def windows(images, kernel):
+    return layers.convolve_windows(images, kernel, padding=padding)
+
+  def plain(images, kernel):
+    return layers.convolve(images, kernel, padding=padding, form="lax")
+
+  chex.assert_trees_all_close(
+    value_and_grads(windows), value_and_grads(plain), rtol=1e-4, atol=1e-3
+  )
+
+
+@settings(max_examples=6)
 @given(height=st.integers(2, 9), width=st.integers(2, 9))
 def test_forms_of_pooling_agree_in_value_and_gradient(height, width):
   images = jax.random.normal(KEY, (2, height, width, 3))
