@@ -294,37 +294,48 @@ def test_signals_are_handled_as_before_after_a_run(config):
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_run_killed_from_outside_goes_on(tmp_path):
+def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
   """kill -9 in mid-training, through the command line."""
-  command = [
-    sys.executable,
-    str(ROOT / "launch" / "main.py"),
-    f"--workdir={tmp_path / 'run'}",
-    "--model=mnist_small",
-    "--samples_per_client=60",
-    "--rounds=12",
-    "--eval_every=1",
-    "--checkpoint_every=1",
-    "--cleanse=",
-    "--nofigures",
-    f"--compilation_cache={tmp_path / 'cache'}",
-  ]
-  process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-  folder = tmp_path / "run" / "checkpoints"
+  killed, whole = (
+    configs.Config(
+      workdir=str(tmp_path / name),
+      model="mnist_small",
+      samples_per_client=60,
+      rounds=12,
+      eval_every=1,
+      checkpoint_every=1,
+      cleanse="fp",
+      figures=False,
+      compilation_cache=str(tmp_path / "cache"),
+    )
+    for name in ("killed", "whole")
+  )
+
+  def command(config):
+    defaults = configs.Config()
+    flags = [
+      f"--{field.name}={getattr(config, field.name)}"
+      for field in dataclasses.fields(config)
+      if getattr(config, field.name) != getattr(defaults, field.name)
+    ]
+    return [sys.executable, str(ROOT / "launch" / "main.py"), *flags]
+
+  process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL)
+  folder = tmp_path / "killed" / "checkpoints"
   deadline = time.monotonic() + 120
   while not (folder.is_dir() and len(list(folder.glob("0*"))) > 1):
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.05)
   process.kill()
   process.wait()
-  assert not (tmp_path / "run" / "results.json").exists()
-  finished = subprocess.run(
-    command, capture_output=True, text=True, check=False
-  )
-  assert finished.returncode == 0, finished.stderr
-  assert "continuing in" in finished.stderr
-  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["round"] for line in lines] == list(range(1, 13))
+  assert not (tmp_path / "killed" / "results.json").exists()
+  for config in (killed, whole):
+    finished = subprocess.run(
+      command(config), capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert ("continuing in" in finished.stderr) == (config is killed)
+  _assert_same(_final(killed), _final(whole))
 
 
 # --- bad input ---------------------------------------------------------------
