@@ -2,15 +2,66 @@
 
 Results agree to rounding whatever is chosen here; speed and memory do not.
 The measurements are in BUILD_NOTES.md, "Speed".
+
+The precision of products is the exception, as accelerators round what they
+multiply: training's is a setting, and what decides anything is `exact`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 from typing import NamedTuple
+from typing import ParamSpec
+from typing import TypeVar
 
 import jax
 
 from fljax import layers
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+# Of products of float32 arrays. On CPU all three are float32; TPUs round the
+# factors to bfloat16 at "default" and take three or six passes of that for
+# the others; Hopper GPUs round to TF32 at "default".
+PRECISIONS = ("default", "high", "highest")
+
+
+def at_precision(
+  precision: str,
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+  """Fixes the precision of a function's products, whatever is set outside.
+
+  Products are matrix products and convolutions that ask for no precision of
+  their own.
+
+  Args:
+    precision: one of `PRECISIONS`.
+
+  Returns:
+    A decorator; under `jax.jit` it stands inside, as tracing is what it acts
+    on.
+  """
+
+  def decorate(
+    function: Callable[_Arguments, _Result],
+  ) -> Callable[_Arguments, _Result]:
+    @functools.wraps(function)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+      with jax.default_matmul_precision(precision):
+        return function(*args, **kwargs)
+
+    return wrapped
+
+  return decorate
+
+
+# For whatever decides something: the clients' reports, the searches and the
+# evaluations. A rank, or the comparison of an accuracy with a floor, turns on
+# differences that bfloat16 or TF32 rounds away; and none of these is a large
+# part of a run.
+exact = at_precision("highest")
 
 
 class Plan(NamedTuple):
@@ -18,13 +69,16 @@ class Plan(NamedTuple):
 
   Attributes:
     forms: of convolutions and poolings.
-    client_chunk: clients trained at once, see `local.map_clients`.
+    client_chunk: clients trained at once, see `parallel.map_clients`.
     evaluation_batch: images evaluated at once.
+    sweep: how one program trains several experiments (`fljax.sweep`): "vmap"
+      all at once, "map" one by one.
   """
 
   forms: layers.Forms
   client_chunk: int
   evaluation_batch: int
+  sweep: str
 
 
 # XLA's CPU backend has no fast path for the grouped convolution that `vmap`
@@ -36,12 +90,14 @@ _ACCELERATOR = Plan(
   forms=layers.Forms(conv="lax", pooling="reshape"),
   client_chunk=0,
   evaluation_batch=1000,
+  sweep="vmap",
 )
 PLANS = {
   "cpu": Plan(
     forms=layers.Forms(conv="blocks", pooling="reshape"),
     client_chunk=1,
     evaluation_batch=50,
+    sweep="map",
   ),
   "gpu": _ACCELERATOR,
   "tpu": _ACCELERATOR,

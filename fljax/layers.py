@@ -17,11 +17,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fljax import winograd
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
 
-CONV_FORMS = ("blocks", "slices", "lax")
+CONV_FORMS = ("blocks", "winograd", "slices", "lax")
 POOLING_FORMS = ("reshape", "lax")
 
 
@@ -32,7 +34,9 @@ class Forms(NamedTuple):
     conv: "slices" (shifted slices and one matrix product, in which a
       `vmap` over kernels is a true batch dimension), "blocks" (the same, but
       where a pooling follows, one row of the product yields all four outputs
-      of a pooling window) or "lax" (`lax.conv_general_dilated`).
+      of a pooling window), "winograd" (like "blocks", but from 8 channels on
+      with kernels of size 3 and 5 fewer multiplications, see `winograd`) or
+      "lax" (`lax.conv_general_dilated`).
     pooling: "reshape" (maximum over two split axes) or "lax"
       (`lax.reduce_window`).
   """
@@ -233,7 +237,7 @@ def max_pool(images: Array, *, form: str) -> Array:
     [batch, height // 2, width // 2, channels].
   """
   if images.ndim == 5:
-    return images.max(axis=3)
+    return window_max(images)
   if form == "lax":
     return nn.max_pool(images, (2, 2), strides=(2, 2))
   batch, height, width, channels = images.shape
@@ -242,6 +246,35 @@ def max_pool(images: Array, *, form: str) -> Array:
     batch, height, 2, width, 2, channels
   )
   return windows.max(axis=(2, 4))
+
+
+@jax.custom_vjp
+def window_max(windows: Array) -> Array:
+  """Maximum over the windows' axis: [..., 4, channels] -> [..., channels].
+
+  Equal maxima share the gradient, as in the derived gradient; written out so
+  that the division is done once per window instead of once per input.
+  """
+  return windows.max(axis=-2)
+
+
+def _window_max_forward(windows: Array) -> tuple[Array, tuple[Array, Array]]:
+  largest = windows.max(axis=-2)
+  return largest, (windows, largest)
+
+
+def _window_max_backward(
+  saved: tuple[Array, Array], cotangent: Array
+) -> tuple[Array]:
+  windows, largest = saved
+  chosen = windows == largest[..., jnp.newaxis, :]
+  each = cotangent / chosen.sum(axis=-2).astype(cotangent.dtype)
+  # Or XLA fuses the division into what follows, four times.
+  each = lax.optimization_barrier(each)
+  return (jnp.where(chosen, each[..., jnp.newaxis, :], 0),)
+
+
+window_max.defvjp(_window_max_forward, _window_max_backward)
 
 
 class Conv(nn.Module):
@@ -278,10 +311,11 @@ class Conv(nn.Module):
     )
     grow = 2 * self.padding - self.size + 1
     even = not any((side + grow) % 2 for side in images.shape[1:3])
-    if (
-      self.forms.conv == "blocks"
-      and self.size % 2
-      and (self.then == "pool" or (self.then == "pool later" and even))
+    by_windows = self.then == "pool" or (self.then == "pool later" and even)
+    if by_windows and self._suits_winograd(shape[2]):
+      out = winograd.convolve_windows(_pad(images, self.padding), kernel)
+    elif (
+      by_windows and self.forms.conv in ("blocks", "winograd") and self.size % 2
     ):
       out = convolve_windows(images, kernel, padding=self.padding)
     else:
@@ -289,6 +323,15 @@ class Conv(nn.Module):
     if self.then == "pool":
       out = max_pool(out, form=self.forms.pooling)
     return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
+
+  @nn.nowrap
+  def _suits_winograd(self, channels: int) -> bool:
+    """Its products sum over channels alone: with few, nothing is gained."""
+    return (
+      self.forms.conv == "winograd"
+      and self.size in winograd.SIZES
+      and channels >= 8
+    )
 
 
 class Dense(nn.Module):

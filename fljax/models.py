@@ -32,6 +32,26 @@ Array = jax.Array
 Params = dict[str, Any]
 
 
+class NeuronSums(NamedTuple):
+  """A head whose first layer is a sum over neurons, taken apart.
+
+  logits = rest(offset + Σ_n inputs[n] @ weights[n]). Removing a neuron removes
+  its summand, so all steps of a pruning sequence cost hardly more than one
+  evaluation.
+
+  Attributes:
+    inputs: [neurons, batch, positions], zero for a neuron that is inactive.
+    weights: [neurons, positions, features].
+    offset: [features].
+    rest: [batch, features] -> logits [batch, classes].
+  """
+
+  inputs: Array
+  weights: Array
+  offset: Array
+  rest: Callable[[Array], Array]
+
+
 class Model(NamedTuple):
   """A network as pure functions of its parameters.
 
@@ -50,6 +70,8 @@ class Model(NamedTuple):
     bias_path: likewise for the bias [neurons], or None.
     image_shape: height, width, channels.
     num_classes: number of logits.
+    neuron_sums: (params, activations) -> the head taken apart, which makes
+      pruning curves fast; None where the head has no such form.
   """
 
   init: Callable[[Array], Params]
@@ -61,6 +83,7 @@ class Model(NamedTuple):
   bias_path: tuple[str, ...] | None
   image_shape: tuple[int, int, int]
   num_classes: int
+  neuron_sums: Callable[[Params, Array], NeuronSums] | None = None
 
 
 def apply(model: Model, params: Params, images: Array) -> Array:
@@ -270,13 +293,15 @@ def _check_removable(model: Model, target: Any, hidden: Any) -> None:
   def ones(shaped: Any) -> Array:
     return jnp.ones(shaped.shape, shaped.dtype)
 
+  # As arguments: of a convolution of constants under a maximum, XLA's CPU
+  # backend (jax 0.10.2) returns memory that nobody has written.
   @jax.jit
-  def largest() -> Array:
-    params = {"target": jax.tree.map(ones, target)}
-    removed = mask_neurons(model, params, jnp.zeros(model.neurons, bool))
-    return jnp.abs(model.activations(removed, ones(hidden))).max()
+  def largest(params: Params, inputs: Array) -> Array:
+    return jnp.abs(model.activations(params, inputs)).max()
 
-  if largest() != 0:
+  params = {"target": jax.tree.map(ones, target)}
+  removed = mask_neurons(model, params, jnp.zeros(model.neurons, bool))
+  if largest(removed, ones(hidden)) != 0:
     raise errors.ConfigError(
       "the model's target gives a value other than zero where kernel and"
       " bias are zero, so its neurons cannot be removed: it must be one"
@@ -351,13 +376,47 @@ class _Head(nn.Module):
   forms: layers.Forms
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    if self.pool:
-      x = layers.max_pool(x, form=self.forms.pooling)
-    x = x.reshape(x.shape[0], -1)
-    for features in self.hidden:
-      x = nn.relu(layers.Dense(features, kernel_init=self.kernel_init)(x))
-    return layers.Dense(self.num_classes, kernel_init=self.kernel_init)(x)
+  def __call__(self, x: Array, *, from_first: bool = False) -> Array:
+    """From activations, or `from_first`: what the first layer gives."""
+    if not from_first:
+      x = self.pooled(x)
+      x = x.reshape(x.shape[0], -1)
+    widths = (*self.hidden, self.num_classes)
+    for position, features in enumerate(widths):
+      if position or not from_first:
+        x = layers.Dense(
+          features, kernel_init=self.kernel_init, name=f"Dense_{position}"
+        )(x)
+      if position < len(self.hidden):
+        x = nn.relu(x)
+    return x
+
+  @nn.nowrap
+  def pooled(self, active: Array) -> Array:
+    """What the first fully connected layer sees, before it is flattened."""
+    if not self.pool:
+      return active
+    return layers.max_pool(active, form=self.forms.pooling)
+
+  @nn.nowrap
+  def neuron_sums(self, params: Params, active: Array) -> NeuronSums:
+    """See `Model.neuron_sums`: pooling keeps channels apart."""
+    inputs = self.pooled(active)
+    batch, neurons = inputs.shape[0], inputs.shape[-1]
+    inputs = inputs.reshape(batch, -1, neurons).transpose(2, 0, 1)
+    first = params["head"]["Dense_0"]
+    weights = first["kernel"].reshape(inputs.shape[2], neurons, -1)
+
+    def rest(sums: Array) -> Array:
+      variables = {"params": params["head"]}
+      return cast(Array, self.apply(variables, sums, from_first=True))
+
+    return NeuronSums(
+      inputs=inputs,
+      weights=weights.transpose(1, 0, 2),
+      offset=first["bias"],
+      rest=rest,
+    )
 
 
 class _Architecture(NamedTuple):
@@ -378,6 +437,8 @@ MODELS = {
   "fashion_mnist": _Architecture(
     (16, "pool", 32, "pool"), 64, 3, 1, True, (128,)
   ),
+  # Conv(32), conv(64), pool, fc 128: small enough for CIFAR-10 on CPUs.
+  "cifar_small": _Architecture((32,), 64, 3, 0, True, (128,)),
   "vgg11": _Architecture(
     stem=(64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512),
     target=512,
@@ -446,17 +507,16 @@ def build(
     "forms": forms or execution.plan_for().forms,
   }
   window: dict[str, Any] = {"size": plan.size, "padding": plan.padding}
-  return from_flax(
+  head = _Head(
+    pool=plan.pool, hidden=plan.hidden, num_classes=num_classes, **shared
+  )
+  model = from_flax(
     stem=_Stem(spec=plan.stem, **window, **shared),
     target=_Target(pool=plan.pool, features=plan.target, **window, **shared),
-    head=_Head(
-      pool=plan.pool,
-      hidden=plan.hidden,
-      num_classes=num_classes,
-      **shared,
-    ),
+    head=head,
     image_shape=image_shape,
     num_classes=num_classes,
     mean=mean,
     std=std,
   )
+  return model._replace(neuron_sums=head.neuron_sums)

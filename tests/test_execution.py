@@ -1,7 +1,22 @@
-import jax
+import re
 
+from conftest import from_flax
+from conftest import make_federation
+from conftest import make_round
+from conftest import make_state
+from conftest import make_training
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import evaluate
 from fljax import execution
 from fljax import layers
+from fljax import models
+from fljax.cleanse import pruning
+from fljax.cleanse import reports
+from fljax.cleanse import weights
 
 
 def test_every_backend_has_a_plan():
@@ -10,4 +25,103 @@ def test_every_backend_has_a_plan():
     assert plan.forms.conv in layers.CONV_FORMS
     assert plan.forms.pooling in layers.POOLING_FORMS
     assert plan.client_chunk >= 0 < plan.evaluation_batch
+    assert plan.sweep in ("vmap", "map")
   assert execution.plan_for() == execution.plan_for(jax.default_backend())
+
+
+# --- precision ---------------------------------------------------------------
+
+
+def precisions(function, *args):
+  """The precisions of a jitted function's products, as lowered."""
+  text = function.lower(*args).as_text()
+  products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+  assert products
+  return {
+    found
+    for product in products
+    for found in re.findall(
+      r"DEFAULT|HIGHEST|HIGH", product.split("precision", 1)[-1]
+    )
+  }
+
+
+def built():
+  return models.build(
+    "mnist_small",
+    image_shape=(16, 16, 1),
+    num_classes=4,
+    forms=execution.PLANS["tpu"].forms,
+  )
+
+
+@pytest.fixture(scope="module")
+def federation():
+  """Shapes only: nothing here is run."""
+  return jax.eval_shape(lambda: make_federation()[0])
+
+
+def with_images_of(shape, federation):
+  """The same clients with images of another shape."""
+  height, width, channels = shape
+
+  def swap(leaf):
+    rows = leaf.shape[:-3]
+    shape = (*rows, height, width, 1 if leaf.dtype == bool else channels)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+  return federation.replace(
+    images=swap(federation.images),
+    trigger=jax.tree.map(swap, federation.trigger),
+  )
+
+
+@pytest.mark.parametrize("make_model", [from_flax, built])
+def test_what_decides_is_computed_in_float32(make_model, federation):
+  """Whatever is set outside; shapes suffice."""
+  model = make_model()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  federation = with_images_of(model.image_shape, federation)
+  images = np.zeros((8, *model.image_shape), np.uint8)
+  examples = evaluate.batched(images, np.zeros(8, np.int32), batch_size=4)
+  order = jax.ShapeDtypeStruct((model.neurons,), jnp.int32)
+  one, three = (
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (3,))
+  )
+  kernel = models.target_kernel(model, params)
+  cached = jax.eval_shape(
+    lambda p, e: weights.cache_stem(model, p, e), params, examples
+  )
+  accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
+  with jax.default_matmul_precision("default"):
+    for function, *args in (
+      (accuracy, params, examples),
+      (reports.client_activations, params, federation),
+      (pruning.pruning_curve, params, order, examples),
+      (pruning.client_curves, params, order, federation),
+      (weights.cache_stem, params, examples),
+      (weights.accuracy_from_stem, params, kernel, cached),
+      (weights.client_curves, params, one, one, three, federation),
+    ):
+      assert precisions(function, model, *args) == {"HIGHEST"}
+
+
+@pytest.mark.parametrize("precision", execution.PRECISIONS)
+def test_the_precision_of_training_is_a_setting(model, precision, federation):
+  training = make_training(model, precision=precision)
+  state, key = jax.eval_shape(lambda: (make_state(model), jax.random.key(0)))
+  client = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), federation
+  )
+  found = precisions(
+    jax.jit(training), state.params, client, state.neuron_mask, True, key
+  )
+  assert found == {precision.upper()}
+
+
+def test_updates_are_averaged_in_float32(model, federation):
+  """A round's only products outside of training are the aggregation's."""
+  training = make_training(model, precision="high")
+  run = jax.jit(make_round(model, training=training))
+  state, key = jax.eval_shape(lambda: (make_state(model), jax.random.key(0)))
+  assert precisions(run, state, federation, key) == {"HIGH", "HIGHEST"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fljax import layers
+from fljax import winograd
 
 KEY = jax.random.key(0)
 
@@ -71,6 +72,42 @@ def test_windows_pool_to_the_same_values_and_gradients(
   chex.assert_trees_all_close(
     value_and_grads(windows), value_and_grads(plain), rtol=1e-4, atol=1e-3
   )
+
+
+@settings(max_examples=6)
+@given(
+  size=st.sampled_from(winograd.SIZES),
+  height=st.integers(7, 13),
+  width=st.integers(7, 13),
+  channels=st.integers(1, 3),
+  features=st.integers(1, 4),
+)
+def test_winograd_gives_the_same_windows_and_gradients(
+  size, height, width, channels, features
+):
+  images = jax.random.normal(KEY, (2, height, width, channels))
+  kernel = jax.random.normal(KEY, (size, size, channels, features))
+
+  def value_and_grads(windows):
+    def loss(images, kernel):
+      out = windows(images, kernel)
+      return jnp.square(out).sum(), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(grad)(images, kernel)
+
+  def blocks(images, kernel):
+    return layers.convolve_windows(images, kernel, padding=0)
+
+  (value, out), grads = value_and_grads(winograd.convolve_windows)
+  (expected, expected_out), expected_grads = value_and_grads(blocks)
+  # Its interpolation loses about two of float32's seven digits.
+  assert float(value) == pytest.approx(float(expected), rel=1e-3)
+  for one, other in zip(
+    (out, *grads), (expected_out, *expected_grads), strict=True
+  ):
+    scale = float(jnp.abs(other).max())
+    np.testing.assert_allclose(one, other, atol=1e-4 * scale)
 
 
 @settings(max_examples=6)
