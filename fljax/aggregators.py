@@ -33,15 +33,49 @@ class AggregatorUpdate(Protocol):
 
 
 class Aggregator(NamedTuple):
-  """A pair of pure functions.
+  """Pure functions.
 
   Attributes:
     init: params -> state.
     update: see `AggregatorUpdate`.
+    shares: weights [cohort] -> shares [cohort], if the rule is a sum
+      Σ share_i·Δω_i without a state. Such a sum is formed while clients train
+      and the stacked updates are never held. None: `update` needs them all.
   """
 
   init: Callable[[Params], Any]
   update: AggregatorUpdate
+  shares: Callable[[Array], Array] | None = None
+
+
+def linear(shares: Callable[[Array], Array]) -> Aggregator:
+  """The rule Σ share_i·Δω_i.
+
+  Args:
+    shares: weights [cohort] -> shares [cohort].
+
+  Returns:
+    The aggregator.
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    return weighted_sum(updates, shares(weights)), state
+
+  return Aggregator(init=lambda params: (), update=update, shares=shares)
+
+
+def weighted_sum(updates: Params, shares: Array) -> Params:
+  """Σ share_i·Δω_i over the leading axis of every leaf."""
+  return jax.tree.map(
+    lambda leaf: jnp.tensordot(
+      # Or accelerators would round the updates.
+      shares.astype(leaf.dtype),
+      leaf,
+      axes=1,
+      precision="highest",
+    ),
+    updates,
+  )
 
 
 def mean() -> Aggregator:
@@ -51,12 +85,7 @@ def mean() -> Aggregator:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section III-A, second equation.
   """
-
-  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
-    del weights
-    return jax.tree.map(lambda leaf: leaf.mean(axis=0), updates), state
-
-  return Aggregator(init=lambda params: (), update=update)
+  return linear(lambda weights: jnp.full_like(weights, 1 / len(weights)))
 
 
 def weighted_mean() -> Aggregator:
@@ -69,16 +98,7 @@ def weighted_mean() -> Aggregator:
     Communication-Efficient Learning of Deep Networks from Decentralized Data
     (McMahan et al.), Algorithm 1; in the paper Section III-A, first equation.
   """
-
-  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
-    shares = weights / jnp.maximum(weights.sum(), 1)
-    combined = jax.tree.map(
-      lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1),
-      updates,
-    )
-    return combined, state
-
-  return Aggregator(init=lambda params: (), update=update)
+  return linear(lambda weights: weights / jnp.maximum(weights.sum(), 1))
 
 
 AGGREGATORS: dict[str, Callable[[], Aggregator]] = {

@@ -38,7 +38,7 @@ class UpdateHook(Protocol):
 
     Args:
       updates: each leaf [cohort, ...], local model minus global model.
-      cohort: the round's clients.
+      cohort: the round's clients, or a part of them (`Attack.rowwise`).
       active: bool [cohort], who attacks in this round.
 
     Returns:
@@ -82,11 +82,21 @@ def _same_report(values: Array, federation: Federation, *, kind: str) -> Array:
 
 
 class Attack(NamedTuple):
-  """The three hooks."""
+  """The three hooks.
+
+  Attributes:
+    data: see `DataHook`.
+    updates: see `UpdateHook`.
+    report: see `ReportHook`.
+    rowwise: whether `updates` changes each client's update by itself, so that
+      it may see the cohort in parts. An attack whose clients need each
+      other's updates says False, and gets the whole cohort at once.
+  """
 
   data: DataHook = _same_data
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
+  rowwise: bool = True
 
 
 def chain(*attacks: Attack) -> Attack:
@@ -107,7 +117,9 @@ def chain(*attacks: Attack) -> Attack:
       values = attack.report(values, federation, kind=kind)
     return values
 
-  return Attack(data, updates, report)
+  return Attack(
+    data, updates, report, all(attack.rowwise for attack in attacks)
+  )
 
 
 def backdoor(

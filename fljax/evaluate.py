@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import execution
 from fljax import models
 from fljax import triggers
 
@@ -105,6 +106,7 @@ def backdoored(
   return batched(stamped, targets, batch_size=batch_size, at_least=room)
 
 
+@execution.exact
 def accuracy(
   model: models.Model, params: models.Params, examples: Examples
 ) -> Array:

@@ -34,6 +34,10 @@ class Federation(struct.PyTreeNode):
     scale: float32 [clients], the attack's amplification γ of the update while
       the client attacks.
     trigger: one trigger per client.
+    mesh: where the clients axis is spread over devices; None on one. Set by
+      `parallel.place`.
+    padding: rows at the end of the clients axis that are nobody, so that the
+      rest spreads evenly. Everything but arrays' shapes ignores them.
   """
 
   ids: Array
@@ -45,11 +49,13 @@ class Federation(struct.PyTreeNode):
   attack_start: Array
   scale: Array
   trigger: triggers.Trigger
+  mesh: jax.sharding.Mesh | None = struct.field(pytree_node=False, default=None)
+  padding: int = struct.field(pytree_node=False, default=0)
 
   @property
   def num_clients(self) -> int:
-    """Length of the clients axis."""
-    return self.ids.shape[0]
+    """Length of the clients axis without padding."""
+    return self.ids.shape[0] - self.padding
 
 
 def create(
@@ -107,9 +113,10 @@ def select(federation: Federation, clients: Array) -> Federation:
     clients: int32 [cohort], positions on that axis; a scalar drops the axis.
 
   Returns:
-    The federation of those clients.
+    The federation of those clients, on no mesh.
   """
-  return jax.tree.map(lambda leaf: leaf[clients], federation)
+  chosen = jax.tree.map(lambda leaf: leaf[clients], federation)
+  return chosen.replace(mesh=None, padding=0)
 
 
 def active_attackers(federation: Federation, round_index: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from fljax import execution
 from fljax import federation as federations
 from fljax import models
 from fljax import triggers
@@ -89,6 +89,7 @@ def sgd_training(
   epochs: int,
   batch_size: int,
   last_conv_l2: float = 0.0,
+  precision: str = "default",
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
 
@@ -103,6 +104,8 @@ def sgd_training(
     batch_size: samples per step; the last batch of an epoch may be smaller.
     last_conv_l2: λ of the penalty (λ/2)·Σw² on the target convolution's
       kernel (Section VI-A).
+    precision: of matrix products and convolutions, forward and backward: one
+      of `execution.PRECISIONS`.
 
   Returns:
     The training function.
@@ -115,6 +118,7 @@ def sgd_training(
     kernel = models.target_kernel(model, params)
     return loss + last_conv_l2 / 2 * jnp.square(kernel).sum(), loss
 
+  @execution.at_precision(precision)
   def train(
     params: Params,
     client: federations.Federation,
@@ -158,31 +162,3 @@ def sgd_training(
     return params, losses.sum() / jnp.maximum(numbers.sum(), 1)
 
   return train
-
-
-def map_clients(function: Callable[..., Any], chunk: int) -> Callable[..., Any]:
-  """Maps a function over the leading clients axis of all its arguments.
-
-  Args:
-    function: of one client.
-    chunk: how many clients run at once: 0 for all (`vmap`), 1 for one by one,
-      otherwise chunks of that size. Results are the same up to rounding;
-      memory grows with the chunk.
-
-  Returns:
-    The function of all clients.
-  """
-  if chunk == 0:
-    return jax.vmap(function)
-
-  def mapped(*arguments: Any) -> Any:
-    clients = jax.tree.leaves(arguments)[0].shape[0]
-    if chunk >= clients:
-      return jax.vmap(function)(*arguments)
-    return lax.map(
-      lambda client: function(*client),
-      arguments,
-      batch_size=None if chunk == 1 else chunk,
-    )
-
-  return mapped

@@ -7,6 +7,7 @@ loaded that could run code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 
 from fljax import errors
+from fljax import parallel
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -34,6 +36,7 @@ DATA_SHA256 = "data_sha256"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 FIGURES = "figures"
+PROFILE = "profile"
 _OWN = (CONFIG, METRICS, RESULTS, CHECKPOINTS, REPORT, FIGURES)
 _LOCK = ".lock"
 # Of checkpoints within training, so many are kept; one is enough to go on.
@@ -63,6 +66,13 @@ class Progress:
   metrics_lines: int
   metrics_sha256: str
   seconds: float
+
+
+def open_for_all(path: str, identity: dict[str, Any]) -> Workdir | Shared:
+  """Opens a run's folder: by itself, or as one of several processes."""
+  if jax.process_count() == 1:
+    return Workdir(path, identity)
+  return Shared(path, identity)
 
 
 class Workdir:
@@ -156,6 +166,10 @@ class Workdir:
 
   def __exit__(self, *exception: Any) -> None:
     self.close()
+
+  def report(self, write: Callable[[Workdir], None]) -> None:
+    """Lets a function write more into the folder."""
+    write(self)
 
   # --- files -----------------------------------------------------------------
 
@@ -332,6 +346,76 @@ class Workdir:
     return not read_progress(path).complete
 
 
+class Shared:
+  """A run's folder that one process has open while others run with it.
+
+  Process 0 reads and writes. The others need not see the folder: they learn
+  what was read, and a failure there is raised in all. Every method must be
+  called in every process at the same place. See `Workdir`.
+  """
+
+  def __init__(self, path: str, identity: dict[str, Any]):
+    """Opens or creates the folder in process 0."""
+    self.path = Path(path).expanduser()
+    self._own: Any = None
+
+    def open_it() -> None:
+      self._own = Workdir(path, identity)
+
+    parallel.on_first(open_it)
+
+  def __enter__(self) -> Shared:
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    if self._own is not None:
+      self._own.close()
+
+  def claim(self, data_sha256: str) -> None:
+    """See `Workdir.claim`."""
+    parallel.on_first(lambda: self._own.claim(data_sha256))
+
+  def results(self) -> dict[str, Any] | None:
+    """See `Workdir.results`."""
+    found: dict[str, Any] | None = parallel.on_first(
+      lambda: self._own.results()
+    )
+    return found
+
+  def write_json(self, name: str, value: Any) -> None:
+    """See `Workdir.write_json`."""
+    parallel.on_first(lambda: self._own.write_json(name, value))
+
+  def log(self, **metrics: Any) -> None:
+    """See `Workdir.log`."""
+    parallel.on_first(lambda: self._own.log(**metrics))
+
+  def save(self, state: Any, **progress: Any) -> None:
+    """See `Workdir.save`; the state is the same in all processes."""
+    parallel.on_first(lambda: str(self._own.save(state, **progress)))
+
+  def restore(self, like: Any) -> tuple[Any, Progress] | None:
+    """See `Workdir.restore`."""
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+
+    def read() -> dict[str, Any] | None:
+      nonlocal state
+      found = self._own.restore(like)
+      if found is None:
+        return None
+      state, progress = found
+      return dataclasses.asdict(progress)
+
+    progress = parallel.on_first(read)
+    if progress is None:
+      return None
+    return parallel.from_first(state), Progress(**progress)
+
+  def report(self, write: Callable[[Workdir], None]) -> None:
+    """Lets process 0 write more into the folder."""
+    parallel.on_first(lambda: write(self._own))
+
+
 def list_checkpoints(
   workdir: Path, *, partial: bool = False
 ) -> list[tuple[int, Path]]:
@@ -398,7 +482,14 @@ def _checkpointer() -> Any:
   # Slow to import, and not needed before the first checkpoint.
   import orbax.checkpoint as ocp
 
-  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  # Process 0 alone: the others do not come to orbax's barriers.
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="fljax"
+  )
+  return ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+    multiprocessing_options=alone,
+  )
 
 
 def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:

@@ -187,16 +187,3 @@ def test_pruned_neurons_stay_zero_under_momentum_and_decay(model, params):
   chex.assert_trees_all_equal(
     models.mask_neurons(model, trained, mask), trained
   )
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
-def test_clients_may_be_mapped_in_any_chunks(chunk):
-  def function(x, tree):
-    return {"sum": x.sum() + tree["a"]}
-
-  x = jnp.arange(20.0).reshape(5, 4)
-  tree = {"a": jnp.arange(5.0)}
-  chex.assert_trees_all_close(
-    local.map_clients(function, chunk)(x, tree),
-    local.map_clients(function, 0)(x, tree),
-  )

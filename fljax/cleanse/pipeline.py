@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 from typing import NamedTuple
 
 import jax
@@ -24,9 +24,13 @@ import numpy as np
 from fljax import evaluate
 from fljax import federation as federations
 from fljax import models
+from fljax import population as populations
 from fljax.cleanse import pruning
 from fljax.cleanse import selection
 from fljax.cleanse import weights
+
+if TYPE_CHECKING:  # Cleansing needs no attack, and rounds have one.
+  from fljax import rounds as rounds_lib
 
 Array = jax.Array
 
@@ -80,7 +84,7 @@ def validation_curves(
 
 def reported_curves(
   model: models.Model,
-  federation: federations.Federation,
+  federation: federations.Federation | populations.Population,
   *,
   trim: float,
   report: Callable[[Array], Array] = lambda values: values,
@@ -100,18 +104,20 @@ def reported_curves(
   """
 
   def along_order(params: models.Params, order: Array) -> np.ndarray:
-    honest = pruning.client_curves(model, params, order, federation)
+    honest = populations.ask_clients(
+      lambda clients: pruning.client_curves(model, params, order, clients),
+      federation,
+    )
     return selection.trimmed_mean(np.asarray(report(honest)), trim)
 
   def along_deltas(
     params: models.Params, mean: Array, std: Array, deltas: np.ndarray
   ) -> np.ndarray:
-    honest = weights.client_curves(
-      model,
-      params,
-      mean,
-      std,
-      jnp.asarray(deltas, jnp.float32),
+    steps = jnp.asarray(deltas, jnp.float32)
+    honest = populations.ask_clients(
+      lambda clients: weights.client_curves(
+        model, params, mean, std, steps, clients
+      ),
       federation,
     )
     return selection.trimmed_mean(np.asarray(report(honest)), trim)
@@ -188,21 +194,24 @@ class FineTuned(NamedTuple):
     bad_round: whether the last of them was not finite.
   """
 
-  state: Any
+  state: rounds_lib.ServerState
   rounds: int
   bad_round: bool
 
 
 def fine_tune(
-  block: Callable[..., tuple[Any, Any]],
-  state: Any,
+  block: rounds_lib.Block,
+  state: rounds_lib.ServerState,
   federation: federations.Federation,
   key: Array,
   *,
   rounds: int,
   patience: int = 0,
-  accuracy: Callable[[models.Params], Array | float] | None = None,
-  on_round: Callable[[int, Any, float, float], None] | None = None,
+  examples: dict[str, evaluate.Examples] | None = None,
+  on_round: Callable[
+    [int, rounds_lib.ServerState, rounds_lib.RoundMetrics], None
+  ]
+  | None = None,
 ) -> FineTuned:
   """Trains on with everybody, attackers included, under the neuron mask.
 
@@ -217,12 +226,11 @@ def fine_tune(
       keep up.
     key: random key of training.
     rounds: at most so many.
-    patience: stops after so many rounds without better accuracy; 0 never
-      does.
-    accuracy: params -> accuracy on the server's validation images; None runs
-      all rounds.
-    on_round: is told rounds done, state, training loss, and accuracy (NaN
-      without) after each.
+    patience: stops after so many rounds without better accuracy on the
+      server's validation images, examples["validation"]; 0, or no such
+      examples, never does.
+    examples: what to evaluate on after each round, by name.
+    on_round: is told rounds done, state and metrics after each.
 
   Returns:
     The state after the last round, not of the best one: the server stops
@@ -235,16 +243,15 @@ def fine_tune(
   state = jax.tree.map(jnp.copy, state)
   best, waited = float("-inf"), 0
   for done in range(1, rounds + 1):
-    state, metrics = block(state, federation, key, 1)
+    state, metrics = block(state, federation, key, 1, examples)
     if int(metrics.bad_round):
       return FineTuned(state, done, True)
-    measured = float("nan")
-    if accuracy is not None:
-      measured = float(accuracy(state.params))
+    if "validation" in metrics.accuracies:
+      measured = float(metrics.accuracies["validation"])
       waited = 0 if measured > best else waited + 1
       best = max(best, measured)
     if on_round is not None:
-      on_round(done, state, float(metrics.loss), measured)
+      on_round(done, state, metrics)
     if patience and waited >= patience:
       return FineTuned(state, done, False)
   return FineTuned(state, rounds, False)

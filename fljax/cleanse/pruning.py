@@ -15,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from fljax import evaluate
+from fljax import execution
 from fljax import federation as federations
 from fljax import models
 from fljax.cleanse import reports
@@ -113,6 +114,7 @@ def mask_without_first(order: Array, count: Array | int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@execution.exact
 def pruning_curve(
   model: models.Model,
   params: models.Params,
@@ -170,11 +172,17 @@ def client_curves(
     each client").
   """
 
-  def one_batch(images: Array, labels: Array, mask: Array) -> Array:
+  def one_batch(
+    common: tuple[models.Params, Array],
+    images: Array,
+    labels: Array,
+    mask: Array,
+  ) -> Array:
+    params, order = common
     active = model.activations(params, model.stem(params, images))
     return hits_along(model, params, order, active, labels, mask)
 
-  return reports.client_mean(one_batch, federation)
+  return reports.client_mean(one_batch, (params, order), federation)
 
 
 def hits_along(
@@ -198,6 +206,23 @@ def hits_along(
   Returns:
     int32 [neurons + 1].
   """
+  if model.neuron_sums is not None:
+    # From the model without any neuron upwards: sums without cancellation.
+    taken = model.neuron_sums(params, active)
+    backwards = order[::-1]
+
+    def add(sums: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+      inputs, weights = part
+      hits = evaluate.count_hits(taken.rest(sums), labels, mask)
+      return sums + inputs @ weights, hits
+
+    start = jnp.broadcast_to(taken.offset, (len(labels), len(taken.offset)))
+    sums, hits = lax.scan(
+      add, start, (taken.inputs[backwards], taken.weights[backwards])
+    )
+    unpruned = evaluate.count_hits(taken.rest(sums), labels, mask)
+    return jnp.concatenate([unpruned[jnp.newaxis], hits[::-1]])
+
   place = jnp.argsort(order)
 
   def one_step(count: Array) -> Array:

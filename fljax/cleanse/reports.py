@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fljax import execution
 from fljax import federation as federations
 from fljax import models
+from fljax import parallel
 from fljax import triggers
 
 Array = jax.Array
 
 
+@execution.exact
 def client_mean(
-  total: Callable[[Array, Array, Array], Array],
+  total: Callable[[Any, Array, Array, Array], Array],
+  common: Any,
   federation: federations.Federation,
   *,
   batch_size: int = 100,
@@ -29,8 +34,9 @@ def client_mean(
   """Averages something over every client's training samples.
 
   Args:
-    total: (images [batch, height, width, channels], labels [batch], mask
-      [batch]) -> the sum of it over the samples that count, any shape.
+    total: (common, images [batch, height, width, channels], labels [batch],
+      mask [batch]) -> the sum of it over the samples that count, any shape.
+    common: the same for all clients, such as the model's parameters.
     federation: all clients. An attacker's samples include its backdoored
       ones, stamped.
     batch_size: samples per step.
@@ -42,7 +48,7 @@ def client_mean(
   batch_size = min(batch_size, samples)
   starts = jnp.arange(0, samples, batch_size)
 
-  def one_client(client: federations.Federation) -> Array:
+  def one_client(common: Any, client: federations.Federation) -> Array:
     def one_batch(start: Array) -> Array:
       indices = start + jnp.arange(batch_size)
       inside = indices < samples
@@ -51,14 +57,14 @@ def client_mean(
       poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
       stamped = triggers.stamp(images, client.trigger)
       images = jnp.where(poisoned, stamped, images)
-      return total(
-        images, client.labels[indices], inside & client.mask[indices]
-      )
+      counts = inside & client.mask[indices]
+      return total(common, images, client.labels[indices], counts)
 
     sums = lax.map(one_batch, starts).sum(axis=0).astype(jnp.float32)
     return sums / jnp.maximum(client.mask.sum(), 1).astype(jnp.float32)
 
-  return lax.map(one_client, federation)
+  means = parallel.map_clients(one_client, common, federation)
+  return parallel.everywhere(means, federation.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,10 +91,12 @@ def client_activations(
     Zhu, Yang, Mitra), Section IV-A, equation of a_i.
   """
 
-  def total(images: Array, labels: Array, mask: Array) -> Array:
+  def total(
+    params: models.Params, images: Array, labels: Array, mask: Array
+  ) -> Array:
     del labels
     active = model.activations(params, model.stem(params, images))
     means = active.reshape(images.shape[0], -1, model.neurons).mean(axis=1)
     return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
 
-  return client_mean(total, federation)
+  return client_mean(total, params, federation)

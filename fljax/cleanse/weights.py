@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fljax import evaluate
+from fljax import execution
 from fljax import federation as federations
 from fljax import models
 from fljax.cleanse import reports
@@ -92,6 +94,7 @@ def delta_steps(start: float, step: float) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@execution.exact
 def cache_stem(
   model: models.Model, params: models.Params, examples: evaluate.Examples
 ) -> evaluate.Examples:
@@ -113,6 +116,7 @@ def cache_stem(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@execution.exact
 def accuracy_from_stem(
   model: models.Model,
   params: models.Params,
@@ -164,9 +168,10 @@ def client_curves(
   Returns:
     float32 [clients, steps].
   """
-  kernel = models.target_kernel(model, params)
 
-  def total(images: Array, labels: Array, mask: Array) -> Array:
+  def total(common: Any, images: Array, labels: Array, mask: Array) -> Array:
+    params, mean, std, deltas = common
+    kernel = models.target_kernel(model, params)
     hidden = model.stem(params, images)
 
     def one_step(delta: Array) -> Array:
@@ -178,4 +183,4 @@ def client_curves(
 
     return lax.map(one_step, deltas)
 
-  return reports.client_mean(total, federation)
+  return reports.client_mean(total, (params, mean, std, deltas), federation)

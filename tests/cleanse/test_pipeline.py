@@ -21,7 +21,7 @@ from fljax.cleanse import selection
 def trained(model):
   """A backdoored model, its federation and validation images."""
   federation, attack = make_federation(samples=40, gamma=2.0)
-  block = rounds.make_block(make_round(model, attack))
+  block = rounds.make_block(model, make_round(model, attack))
   state, _ = block(make_state(model), federation, jax.random.key(11), 20)
   validation = evaluate.batched(*make_images(60, seed=9))
   return state.params, federation, validation

@@ -173,11 +173,11 @@ def test_clients_report_mean_activations_of_their_own_data(
   federation, _ = make_federation()
   federation = federation.replace(mask=federation.mask.at[1, 7:].set(False))
 
-  def total(images, labels, mask):
+  def total(params, images, labels, mask):
     active = model.activations(params, model.stem(params, images))
     return jnp.where(mask[:, None], active.mean(axis=(1, 2)), 0).sum(axis=0)
 
-  means = reports.client_mean(total, federation, batch_size=batch_size)
+  means = reports.client_mean(total, params, federation, batch_size=batch_size)
   chex.assert_trees_all_close(
     means, reports.client_activations(model, params, federation), rtol=1e-5
   )

@@ -1,0 +1,127 @@
+"""Run by test_parallel: the same work on one and on eight CPU devices.
+
+Prints the largest differences as JSON.
+"""
+
+import json
+import sys
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+import conftest  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from fljax import aggregators  # noqa: E402
+from fljax import attacks  # noqa: E402
+from fljax import models  # noqa: E402
+
+models.MODELS["tiny"] = conftest.TINY
+
+from fljax import config as configs  # noqa: E402
+from fljax import experiment  # noqa: E402
+from fljax import parallel  # noqa: E402
+from fljax import rounds  # noqa: E402
+from fljax.cleanse import pruning  # noqa: E402
+from fljax.cleanse import reports  # noqa: E402
+
+KEY = jax.random.key(11)
+
+
+def difference(one, other):
+  return max(
+    float(np.abs(np.asarray(a, np.float64) - np.asarray(b)).max())
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  )
+
+
+def median():
+  """An aggregator that needs all updates at once."""
+
+  def update(updates, weights, state):
+    return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), updates), state
+
+  return aggregators.Aggregator(init=lambda params: (), update=update)
+
+
+def on_rounds():
+  """Rounds with cohorts that do and do not divide evenly, and reports."""
+  model = conftest.from_flax()
+  mesh = parallel.make_mesh()
+  together = attacks.Attack(
+    updates=lambda updates, cohort, active: jax.tree.map(
+      lambda leaf: leaf - 0.1 * leaf.mean(axis=0, keepdims=True), updates
+    ),
+    rowwise=False,
+  )
+  found = {}
+  for clients, cohort, chunk, aggregator, extra in (
+    (11, 0, 1, aggregators.weighted_mean(), None),
+    (11, 5, 0, aggregators.mean(), None),
+    (11, 6, 2, median(), None),
+    (3, 0, 0, aggregators.mean(), together),
+  ):
+    federation, attack = conftest.make_federation(
+      clients=clients, samples=8, attackers=2, gamma=2.0, start=1
+    )
+    federation = federation.replace(mask=federation.mask.at[2, 6:].set(False))
+    if extra is not None:
+      attack = attacks.chain(attack, extra)
+    block = rounds.make_block(
+      model,
+      conftest.make_round(
+        model,
+        attack,
+        aggregator=aggregator,
+        cohort_size=cohort,
+        client_chunk=chunk,
+      ),
+    )
+    results = []
+    for spread in (None, mesh):
+      placed = parallel.place(federation, spread)
+      assert placed.num_clients == clients
+      state = parallel.replicate(conftest.make_state(model), spread)
+      state, metrics = block(state, placed, parallel.replicate(KEY, spread), 3)
+      means = reports.client_activations(model, state.params, placed)
+      order = pruning.pruning_order(pruning.rank_scores(means))
+      curves = pruning.client_curves(model, state.params, order, placed)
+      assert means.shape[0] == curves.shape[0] == clients
+      results.append((state.params, metrics.loss, means, curves))
+    name = f"{clients} clients, cohort {cohort}, chunk {chunk}"
+    found[name] = difference(*results)
+  return found
+
+
+def on_experiment(folder):
+  """A whole experiment."""
+  results = []
+  dataset = conftest.write_images(f"{folder}/rows.npz")
+  for devices in (1, 8):
+    config = configs.Config(
+      workdir=f"{folder}/{devices}",
+      dataset=dataset,
+      devices=devices,
+      compilation_cache="off",
+      **conftest.TINY_SETTINGS,
+    )
+    results.append(experiment.run(config, quiet=True)["phases"])
+  return {
+    one["name"]: max(
+      abs(one[key] - other[key])
+      # A few images may fall on the other side of a decision.
+      / 20
+      for key in ("test_accuracy", "attack_success")
+    )
+    for one, other in zip(*results, strict=True)
+  }
+
+
+if __name__ == "__main__":
+  differences = (
+    on_rounds() if sys.argv[1] == "rounds" else on_experiment(sys.argv[2])
+  )
+  print(json.dumps({"devices": jax.device_count(), "differences": differences}))
