@@ -16,6 +16,7 @@ from fljax import aggregators
 from fljax import attacks
 from fljax import data
 from fljax import errors
+from fljax import execution
 from fljax import layers
 from fljax import models
 from fljax import triggers
@@ -35,6 +36,7 @@ def _setting(
   above: float | None = None,
   choices: tuple[str, ...] | None = None,
   identity: bool = True,
+  structure: bool = True,
 ) -> Any:
   """A field with its help text and range.
 
@@ -47,6 +49,9 @@ def _setting(
     choices: allowed strings.
     identity: whether another value makes it another experiment; False for
       where files are and what is shown.
+    structure: whether another value makes other programs; False for what
+      reaches them as arrays of the same shapes, so that experiments which
+      differ in nothing else can share them (`fljax.sweep`).
 
   Returns:
     The dataclass field.
@@ -60,6 +65,7 @@ def _setting(
       "above": above,
       "choices": choices,
       "identity": identity,
+      "structure": structure,
     },
   )
 
@@ -80,6 +86,7 @@ class Config:
     "Folder for everything the run writes. The same command continues an"
     " interrupted run found there.",
     identity=False,
+    structure=False,
   )
   data_dir: str = _setting(
     "",
@@ -95,6 +102,13 @@ class Config:
   )
   figures: bool = _setting(
     True, "Draw figures and the HTML report.", identity=False
+  )
+  profile: bool = _setting(
+    False,
+    "Write a trace of one round of training, and of the evaluation after it,"
+    " to the folder 'profile' in the workdir, for TensorBoard or"
+    " ui.perfetto.dev. It is the first round after the first block.",
+    identity=False,
   )
   compilation_cache: str = _setting(
     "default",
@@ -128,6 +142,7 @@ class Config:
     "Seed of everything random: partition, initial weights, batches,"
     " poisoning, client sampling.",
     low=0,
+    structure=False,
   )
 
   # The clients.
@@ -149,7 +164,10 @@ class Config:
     choices=("labels", "iid", "dirichlet"),
   )
   labels_per_client: int = _setting(
-    3, "Labels per client (K) of the 'labels' partition.", low=1
+    3,
+    "Labels per client (K) of the 'labels' partition.",
+    low=1,
+    structure=False,
   )
   dirichlet_alpha: float = _setting(
     0.5, "Concentration of the 'dirichlet' partition.", above=0
@@ -199,14 +217,20 @@ class Config:
   # The attack.
   num_attackers: int = _setting(1, "Malicious clients.", low=0)
   victim_label: int = _setting(
-    9, "Label whose stamped images shall be misclassified (VL).", low=0
+    9,
+    "Label whose stamped images shall be misclassified (VL).",
+    low=0,
+    structure=False,
   )
-  target_label: int = _setting(0, "Label they shall be taken for (AL).", low=0)
+  target_label: int = _setting(
+    0, "Label they shall be taken for (AL).", low=0, structure=False
+  )
   trigger: str = _setting(
     "pixel5",
     "Backdoor pattern: so many pixels in the lower right corner, or the four"
     " pieces of the Distributed Backdoor Attack.",
     choices=tuple(triggers.TRIGGERS),
+    structure=False,
   )
   poison_fraction: float = _setting(
     0.25,
@@ -214,15 +238,20 @@ class Config:
     " victim images.",
     above=0,
     high=0.99,
+    structure=False,
   )
   gamma: float = _setting(
     3.0,
     "Amplification γ of an attacker's update: 1 is none; (clients per"
     " round)/(server rate) replaces the global model.",
     low=1,
+    structure=False,
   )
   attack_start: int = _setting(
-    0, "Rounds before the attackers begin to attack.", low=0
+    0,
+    "Rounds before the attackers begin to attack.",
+    low=0,
+    structure=False,
   )
   attacker_reports: str = _setting(
     "honest",
@@ -309,6 +338,51 @@ class Config:
     "Form of poolings; auto takes the backend's measured choice.",
     choices=("auto", *layers.POOLING_FORMS),
   )
+  population: str = _setting(
+    "device",
+    "Where clients' images are: all on the 'device', or on the 'host', from"
+    " which each round's cohort is brought while the round before trains; for"
+    " populations larger than device memory, with --clients_per_round.",
+    choices=("device", "host"),
+    identity=False,
+  )
+  precision: str = _setting(
+    "default",
+    "Precision of the products in training. 'default' is the backend's fastest:"
+    " bfloat16 on TPU, TF32 on newer GPUs; 'highest' is float32 everywhere."
+    " Reports, searches and evaluations always take 'highest'; CPUs know no"
+    " other.",
+    choices=execution.PRECISIONS,
+  )
+  devices: int = _setting(
+    0,
+    "Devices that clients are spread over; 0 takes all there are.",
+    low=0,
+    identity=False,
+  )
+  cpu_devices: int = _setting(
+    0,
+    "Devices that a CPU is divided into, which then share the clients; 0 takes"
+    " one per core, as far as there are clients for them, unless"
+    " JAX_NUM_CPU_DEVICES says otherwise.",
+    low=0,
+    identity=False,
+  )
+  coordinator: str = _setting(
+    "",
+    "With several processes: host:port of process 0. Not needed on Cloud TPU.",
+    identity=False,
+  )
+  num_processes: int = _setting(
+    1, "With --coordinator: how many processes.", low=1, identity=False
+  )
+  process_id: int = _setting(
+    0,
+    "With --coordinator: this process's number, from 0. Process 0 writes the"
+    " workdir.",
+    low=0,
+    identity=False,
+  )
   client_chunk: int = _setting(
     -1,
     "Clients trained at once: 0 all, 1 one by one, -1 the backend's measured"
@@ -353,6 +427,20 @@ class Config:
         f"--cleanse={self.cleanse} must name each of {', '.join(PHASES)} at"
         " most once, separated by commas."
       )
+    if self.population == "host" and not self.clients_per_round:
+      raise errors.ConfigError(
+        "--population=host needs --clients_per_round: without it, every"
+        " client is on the device in every round."
+      )
+    if self.process_id >= self.num_processes:
+      raise errors.ConfigError(
+        f"--process_id={self.process_id} is out of range: there are"
+        f" --num_processes={self.num_processes}, numbered from 0."
+      )
+    if self.num_processes > 1 and not self.coordinator:
+      raise errors.ConfigError(
+        f"--num_processes={self.num_processes} needs --coordinator."
+      )
     if not self.workdir:
       raise errors.ConfigError("--workdir must not be empty.")
 
@@ -367,6 +455,14 @@ class Config:
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["identity"]
+    }
+
+  def structure(self) -> dict[str, Any]:
+    """The settings that decide on its programs, and where they run."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.metadata["structure"]
     }
 
 
@@ -414,8 +510,16 @@ def _range_text(field: dataclasses.Field) -> str:
   return " and ".join(parts) or "finite"
 
 
-def define_flags() -> None:
-  """Defines one flag per setting."""
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines one flag per setting, and --sweep, which makes many of one."""
+  flags.DEFINE_string(
+    "sweep",
+    "",
+    "Settings with several values each, as in 'seed=0,1,2;pairs=9:0,9:1':"
+    " every combination is run, in a folder of its own in --workdir. 'pairs'"
+    " are victim and target labels.",
+    flag_values=values,
+  )
   for field in dataclasses.fields(Config):
     text = field.metadata["help"]
     if field.metadata["choices"] is not None:
@@ -428,10 +532,10 @@ def define_flags() -> None:
       float: flags.DEFINE_float,
       str: flags.DEFINE_string,
     }[type(field.default)]
-    define(field.name, field.default, text)
+    define(field.name, field.default, text, flag_values=values)
 
 
-def from_flags() -> Config:
+def from_flags(values: flags.FlagValues = flags.FLAGS) -> Config:
   """The configuration that the parsed flags describe.
 
   Raises:
@@ -439,7 +543,7 @@ def from_flags() -> Config:
   """
   return Config(
     **{
-      field.name: getattr(flags.FLAGS, field.name)
+      field.name: getattr(values, field.name)
       for field in dataclasses.fields(Config)
     }
   )

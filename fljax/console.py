@@ -19,9 +19,10 @@ def percent(fraction: float | None) -> str:
 class Console:
   """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
-  def __init__(self, *, quiet: bool = False):
-    """Shows nothing at all if quiet."""
+  def __init__(self, *, quiet: bool = False, prefix: str = ""):
+    """Shows nothing at all if quiet; the prefix begins every line."""
     self._quiet = quiet
+    self._prefix = prefix
     self._bar: tqdm.tqdm | None = None
     self._total = 0
 
@@ -29,6 +30,7 @@ class Console:
     """Prints a line, above the bar if there is one."""
     if self._quiet:
       return
+    text = self._prefix + text
     if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
     else:
@@ -39,7 +41,7 @@ class Console:
     self._name, self._total = name, total
     if not self._quiet and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
-        desc=name,
+        desc=self._prefix + name,
         total=total,
         initial=done,
         unit="round",
@@ -159,3 +161,35 @@ def summary(runs: list[dict[str, Any]]) -> str:
       f"{name:10}{len(found):>5}{cells[0]:>15}{cells[1]:>16}{seconds:>10.1f}"
     )
   return "\n".join(lines)
+
+
+def sweep_table(runs: dict[str, dict[str, Any]]) -> str:
+  """Every experiment's phases, and the averages over all of them.
+
+  Args:
+    runs: contents of results.json files, by the experiment's name.
+
+  Returns:
+    Several lines; TA/AA in percent.
+  """
+  names: dict[str, None] = {}
+  for run in runs.values():
+    names.update(dict.fromkeys(phase["name"] for phase in run["phases"]))
+  rows = [["TA/AA %", *names]]
+  for experiment, run in runs.items():
+    cells = {
+      phase["name"]: f"{percent(phase['test_accuracy'])}/"
+      f"{percent(phase['attack_success'])}"
+      for phase in run["phases"]
+    }
+    rows.append([experiment, *(cells.get(name, "") for name in names)])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join(
+      [row[0].ljust(widths[0])]
+      + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+    ).rstrip()
+    for row in rows
+  ]
+  lines.insert(1, "-" * max(map(len, lines)))
+  return "\n".join([*lines, "", summary(list(runs.values()))])

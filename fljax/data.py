@@ -17,6 +17,8 @@ import gzip
 import hashlib
 import os
 from pathlib import Path
+import struct
+from typing import Literal
 from typing import NamedTuple
 import zipfile
 import zlib
@@ -345,8 +347,45 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
-  with _naming(path), np.load(path, allow_pickle=False) as archive:
-    return {key: archive[key] for key in archive.files}
+  """Arrays of an .npz file; memory-mapped where it holds them uncompressed."""
+  with _naming(path), zipfile.ZipFile(path) as archive:
+    arrays = {}
+    for member in archive.infolist():
+      key = member.filename.removesuffix(".npy")
+      with archive.open(member) as stream:
+        # A mapped array's bytes are not looked at again: read them once, which
+        # compares them with their checksum.
+        while stream.read(1 << 24):
+          pass
+      arrays[key] = _map_member(path, archive, member)
+    return arrays
+
+
+def _map_member(
+  path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> np.ndarray:
+  with archive.open(member) as stream:
+    version = np.lib.format.read_magic(stream)
+    read_header = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+      raise ValueError(f"{member.filename} is of an unknown format")
+    shape, fortran, dtype = read_header(stream)
+    header = stream.tell()
+    if dtype.hasobject:
+      raise ValueError(f"{member.filename} holds Python objects")
+    if member.compress_type != zipfile.ZIP_STORED or not np.prod(shape):
+      stream.seek(0)
+      return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+  with open(path, "rb") as file:
+    # A member begins after its local header, of fixed part, name and extra.
+    file.seek(member.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+  start = member.header_offset + 30 + name + extra + header
+  order: Literal["C", "F"] = "F" if fortran else "C"
+  return np.memmap(path, dtype, "r", start, shape, order)
 
 
 # --- a user's own data -------------------------------------------------------
@@ -423,8 +462,7 @@ def from_npz(path: Path) -> Dataset:
       f"{path}: label {absent[0]} has no training image; labels must be 0 to"
       " the number of classes less 1, and all must occur."
     )
-  scaled = train_images.astype(np.float32) / 255
-  std = scaled.std((0, 1, 2))
+  mean, std = _statistics(train_images)
   return Dataset(
     name=path.stem,
     train_images=train_images,
@@ -432,9 +470,22 @@ def from_npz(path: Path) -> Dataset:
     test_images=test_images,
     test_labels=parts[3].astype(np.int32),
     num_classes=num_classes,
-    mean=tuple(float(m) for m in scaled.mean((0, 1, 2))),
+    mean=tuple(float(m) for m in mean),
     std=tuple(float(s) if s > 0 else 1.0 for s in std),
   )
+
+
+def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation per channel of images in [0, 1], without a copy."""
+  counts = np.zeros((images.shape[-1], 256), np.int64)
+  for start in range(0, len(images), 1000):
+    for channel, count in enumerate(counts):
+      part = images[start : start + 1000, ..., channel]
+      count += np.bincount(part.ravel(), minlength=256)
+  levels = np.arange(256) / 255
+  weights = counts / counts.sum(axis=1, keepdims=True)
+  mean = weights @ levels
+  return mean, np.sqrt(np.maximum(weights @ levels**2 - mean**2, 0))
 
 
 def _check_pair(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import signal
 import time
@@ -34,7 +35,9 @@ from fljax import federation as federations
 from fljax import layers
 from fljax import local
 from fljax import models
+from fljax import parallel
 from fljax import partition as partitions
+from fljax import population as populations
 from fljax import rounds
 from fljax import triggers
 from fljax import workdir as workdirs
@@ -54,10 +57,8 @@ class Experiment(NamedTuple):
   Attributes:
     config: the settings.
     dataset: images and labels.
-    pieces: the attackers' triggers.
-    trigger: their union, stamped at test time.
     model: the network.
-    federation: all clients, poisoned.
+    federation: all clients, poisoned; a `Population` if they are on the host.
     attack: the attackers' hooks.
     aggregator: the server's rule.
     block: rounds of training as one program; it donates its state.
@@ -65,14 +66,13 @@ class Experiment(NamedTuple):
     validation: the server's own images, or None.
     test: the whole test split, for TA.
     backdoored: stamped test images, for AA; None without attackers.
+    mesh: the devices that clients are spread over; None for a single one.
   """
 
   config: Config
   dataset: data.Dataset
-  pieces: list[triggers.Trigger]
-  trigger: triggers.Trigger
   model: models.Model
-  federation: federations.Federation
+  federation: federations.Federation | populations.Population
   attack: attacks.Attack
   aggregator: aggregators.Aggregator
   block: rounds.Block
@@ -80,18 +80,41 @@ class Experiment(NamedTuple):
   validation: evaluate.Examples | None
   test: evaluate.Examples
   backdoored: evaluate.Examples | None
+  mesh: parallel.Mesh | None
+
+  @property
+  def examples(self) -> dict[str, evaluate.Examples]:
+    """What a block of rounds ends with measuring."""
+    named = {
+      "test": self.test,
+      "backdoored": self.backdoored,
+      "validation": self.validation,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
   def init_state(self) -> rounds.ServerState:
     """The server's state before the first round."""
     key = jax.random.fold_in(jax.random.key(self.config.seed), 2)
-    return rounds.init_state(self.model, self.aggregator, key)
+    state = rounds.init_state(self.model, self.aggregator, key)
+    return parallel.replicate(state, self.mesh)
 
 
-def setup(config: Config) -> Experiment:
+def setup(
+  config: Config,
+  *,
+  like: Experiment | None = None,
+  dataset: data.Dataset | None = None,
+  plan: execution.Plan | None = None,
+) -> Experiment:
   """Builds an experiment.
 
   Args:
     config: its settings.
+    like: an experiment of the same structure (`Config.structure`). Its data
+      set, its test images on the device and everything that is compiled are
+      shared, not made again.
+    dataset: takes the place of the one that the settings name.
+    plan: how to compute; None is the backend's.
 
   Returns:
     The experiment; nothing has been trained, and nothing written but caches.
@@ -100,9 +123,11 @@ def setup(config: Config) -> Experiment:
     errors.DataError: the data set cannot be had.
     errors.ConfigError: a setting does not fit the data set or the network.
   """
-  dataset = data.load(
-    config.dataset, config.data_dir or None, download=config.download
-  )
+  if like is not None:
+    if config.structure() != like.config.structure():
+      raise ValueError("Experiments of different structure share no programs.")
+    dataset = like.dataset
+  dataset = dataset or _load(config)
   image_shape = dataset.train_images.shape[1:]
   _check_labels(config, dataset)
   held_out, partition = _partition(config, dataset)
@@ -118,16 +143,31 @@ def setup(config: Config) -> Experiment:
     attacks.model_replacement(config.gamma),
     attacks.REPORTS[config.attacker_reports],
   )
-  federation = federations.create(
-    dataset.train_images,
-    dataset.train_labels,
-    partition,
-    num_attackers=config.num_attackers,
-    pieces=pieces,
-    attack_start=config.attack_start,
-  )
-  federation = jax.jit(attack.data)(federation, jax.random.fold_in(root, 1))
-  poisons = np.any(federation.poisoned, axis=1).tolist()
+  mesh = parallel.make_mesh(config.devices)
+
+  def poison(clients: federations.Federation) -> federations.Federation:
+    return jax.jit(attack.data)(clients, jax.random.fold_in(root, 1))
+
+  everyone = (dataset.train_images, dataset.train_labels, partition)
+  who: dict[str, Any] = {
+    "num_attackers": config.num_attackers,
+    "pieces": pieces,
+    "attack_start": config.attack_start,
+  }
+  federation: federations.Federation | populations.Population
+  if config.population == "host":
+    federation = populations.Population(
+      *everyone,
+      poison=poison,
+      mesh=mesh,
+      chunk=config.clients_per_round,
+      **who,
+    )
+    clients = federation.clients
+  else:
+    clients = poison(federations.create(*everyone, **who))
+    federation = parallel.place(clients, mesh)
+  poisons = np.any(clients.poisoned, axis=1).tolist()
   for client in range(config.num_attackers):
     if not poisons[client]:
       raise errors.ConfigError(
@@ -136,13 +176,71 @@ def setup(config: Config) -> Experiment:
         f" --poison_fraction={config.poison_fraction:g}."
       )
 
-  plan = execution.plan_for()
+  plan = plan or execution.plan_for()
+  # A batch that divides evenly is evaluated by all devices.
+  devices = 1 if mesh is None else mesh.size
+  evaluation_batch = -(-plan.evaluation_batch // devices) * devices
+  if like is None:
+    model, aggregator, block = _programs(config, dataset, attack, plan)
+    test = parallel.place_examples(
+      evaluate.batched(
+        dataset.test_images, dataset.test_labels, batch_size=evaluation_batch
+      ),
+      mesh,
+    )
+  else:
+    model, aggregator, block, test = (
+      like.model,
+      like.aggregator,
+      like.block,
+      like.test,
+    )
+  validation, stamped = None, None
+  if len(held_out):
+    validation = evaluate.batched(
+      dataset.train_images[held_out],
+      dataset.train_labels[held_out],
+      batch_size=evaluation_batch,
+    )
+  if config.num_attackers:
+    stamped = evaluate.backdoored(
+      dataset.test_images,
+      dataset.test_labels,
+      trigger=triggers.union(pieces),
+      victim_label=config.victim_label,
+      target_label=config.target_label,
+      over=config.attack_images,
+      batch_size=evaluation_batch,
+    )
+  return Experiment(
+    config=config,
+    dataset=dataset,
+    model=model,
+    federation=federation,
+    attack=attack,
+    aggregator=aggregator,
+    block=block,
+    key=parallel.replicate(jax.random.fold_in(root, 3), mesh),
+    validation=validation and parallel.place_examples(validation, mesh),
+    test=test,
+    backdoored=stamped and parallel.place_examples(stamped, mesh),
+    mesh=mesh,
+  )
+
+
+def _programs(
+  config: Config,
+  dataset: data.Dataset,
+  attack: attacks.Attack,
+  plan: execution.Plan,
+) -> tuple[models.Model, aggregators.Aggregator, rounds.Block]:
+  """The network, the server's rule, and rounds of training."""
   normalisation: dict[str, tuple[float, ...]] = {}
   if config.normalisation == "standard":
     normalisation = {"mean": dataset.mean, "std": dataset.std}
   model = models.build(
     config.model,
-    image_shape=image_shape,
+    image_shape=dataset.train_images.shape[1:],
     num_classes=dataset.num_classes,
     **normalisation,
     initialisation=config.initialisation,
@@ -155,6 +253,7 @@ def setup(config: Config) -> Experiment:
   )
   aggregator = aggregators.AGGREGATORS[config.aggregation]()
   chunk = config.client_chunk
+  on_host = config.population == "host"
   run_round = rounds.make_round(
     model,
     local.sgd_training(
@@ -163,49 +262,25 @@ def setup(config: Config) -> Experiment:
       epochs=config.local_epochs,
       batch_size=config.batch_size,
       last_conv_l2=config.last_conv_l2,
+      precision=config.precision,
     ),
     attack=attack,
     aggregator=aggregator,
-    cohort_size=config.clients_per_round,
+    cohort_size=0 if on_host else config.clients_per_round,
     server_rate=config.server_rate,
     client_chunk=plan.client_chunk if chunk < 0 else chunk,
   )
-  trigger = triggers.union(pieces)
-  validation, stamped = None, None
-  if len(held_out):
-    validation = evaluate.batched(
-      dataset.train_images[held_out],
-      dataset.train_labels[held_out],
-      batch_size=plan.evaluation_batch,
-    )
-  if config.num_attackers:
-    stamped = evaluate.backdoored(
-      dataset.test_images,
-      dataset.test_labels,
-      trigger=trigger,
-      victim_label=config.victim_label,
-      target_label=config.target_label,
-      over=config.attack_images,
-      batch_size=plan.evaluation_batch,
-    )
-  return Experiment(
-    config=config,
-    dataset=dataset,
-    pieces=pieces,
-    trigger=trigger,
-    model=model,
-    federation=federation,
-    attack=attack,
-    aggregator=aggregator,
-    block=rounds.make_block(run_round),
-    key=jax.random.fold_in(root, 3),
-    validation=validation,
-    test=evaluate.batched(
-      dataset.test_images,
-      dataset.test_labels,
-      batch_size=plan.evaluation_batch,
-    ),
-    backdoored=stamped,
+  block = (
+    rounds.make_streamed_block(model, run_round, config.clients_per_round)
+    if on_host
+    else rounds.make_block(model, run_round)
+  )
+  return model, aggregator, block
+
+
+def _load(config: Config) -> data.Dataset:
+  return data.load(
+    config.dataset, config.data_dir or None, download=config.download
   )
 
 
@@ -277,66 +352,72 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
   Raises:
     errors.FljaxError: with one sentence for the user.
   """
-  _use_compilation_cache(config)
-  console = consoles.Console(quiet=quiet)
-  with workdirs.Workdir(config.workdir, config.identity()) as workdir:
+  use_devices(config)
+  use_compilation_cache(config)
+  first = jax.process_index() == 0
+  console = consoles.Console(quiet=quiet or not first)
+  with workdirs.open_for_all(config.workdir, config.identity()) as workdir:
     results = workdir.results()
     if results is not None:
       console.say(f"{workdir.path} is complete; nothing is left to do.")
-      if config.figures and not (workdir.path / workdirs.REPORT).exists():
-        experiment = setup(config)
-        workdir.claim(data.digest(experiment.dataset))
-        _write_report(workdir, experiment, results)
+      write_report(config, results, workdir)
       return results
     console.say(consoles.header(config))
-    with _Stop.on_signals() as stop:
+    with Stop.on_signals() as stop:
       experiment = setup(config)
       workdir.claim(data.digest(experiment.dataset))
-      driver = _Driver(experiment, workdir, console, stop)
-      try:
-        phases = driver.run()
-      finally:
-        console.stop()
-      results = {
-        "config": config.identity(),
-        "environment": environment(),
-        "phases": phases,
-        "seed": config.seed,
-      }
-      workdir.write_json(workdirs.RESULTS, results)
-      if config.figures:
-        _write_report(workdir, experiment, results)
-    return results
+      driver = Driver(experiment, workdir, console, stop)
+      driver.restore()
+      return driver.finish()
 
 
-def _write_report(
-  workdir: workdirs.Workdir,
-  experiment: Experiment,
+def write_report(
+  config: Config,
   results: dict[str, Any],
+  workdir: workdirs.Workdir | workdirs.Shared,
+  dataset: data.Dataset | None = None,
 ) -> None:
-  # matplotlib is slow to import, and not needed to train.
-  from fljax import report
+  """Draws figures and the report of a complete run, if wanted and missing.
 
-  report.write(workdir, results, trigger_images(experiment))
+  Args:
+    config: its settings.
+    results: the contents of its results.json.
+    workdir: its folder.
+    dataset: its data; None loads it if need be.
+  """
+
+  def write(workdir: workdirs.Workdir) -> None:
+    if (workdir.path / workdirs.REPORT).exists():
+      return
+    # matplotlib is slow to import, and not needed to train.
+    from fljax import report
+
+    shown = trigger_images(config, dataset or _load(config))
+    report.write(workdir, results, shown)
+
+  if config.figures:
+    workdir.report(write)
 
 
-def trigger_images(experiment: Experiment) -> list[tuple[str, np.ndarray]]:
+def trigger_images(
+  config: Config, dataset: data.Dataset
+) -> list[tuple[str, np.ndarray]]:
   """A test image of the victim label, clean and stamped, with captions."""
-  if experiment.backdoored is None:
+  if not config.num_attackers:
     return []
-  config, dataset = experiment.config, experiment.dataset
+  pieces = triggers.pieces(config.trigger, dataset.train_images.shape[1:])
   victim = dataset.test_labels == config.victim_label
   image = dataset.test_images[int(np.argmax(victim))]
   stamped = [("original", image)]
-  if len(experiment.pieces) > 1:
-    for index, piece in enumerate(experiment.pieces):
+  if len(pieces) > 1:
+    for index, piece in enumerate(pieces):
       stamped.append(
         (f"attacker {index}", np.asarray(triggers.stamp(image, piece)))
       )
   stamped.append(
     (
       f"{config.victim_label} → {config.target_label}",
-      np.asarray(triggers.stamp(image, experiment.trigger)),
+      np.asarray(triggers.stamp(image, triggers.union(pieces))),
     )
   )
   return stamped
@@ -358,7 +439,28 @@ def environment() -> dict[str, Any]:
   }
 
 
-def _use_compilation_cache(config: Config) -> None:
+def use_devices(config: Config) -> None:
+  """Divides the CPU and joins other processes, before JAX's first use."""
+  wanted = config.cpu_devices
+  if not wanted and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux: those that we may use.
+      cores = len(os.sched_getaffinity(0))
+    wanted = min(cores, config.clients_per_round or config.num_clients)
+  if wanted:
+    try:
+      jax.config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError:
+      # JAX has started already, which matters only to who asked for it.
+      if jax.local_device_count() < config.cpu_devices:
+        raise errors.ConfigError(
+          f"--cpu_devices={config.cpu_devices} comes too late: JAX has"
+          f" started with {jax.local_device_count()}."
+        ) from None
+  parallel.start(config.coordinator, config.num_processes, config.process_id)
+
+
+def use_compilation_cache(config: Config) -> None:
   """Keeps compiled programs between runs, unless told not to."""
   if config.compilation_cache == "off":
     return
@@ -371,7 +473,18 @@ def _use_compilation_cache(config: Config) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-class _Stop:
+def interrupted(stop: Stop, path: Any) -> errors.InterruptedRunError:
+  """What is said when a run stops because it was asked to."""
+  # Only some of several processes may have got a signal.
+  by = "another process"
+  if stop.signal is not None:
+    by = signal.Signals(stop.signal).name
+  return errors.InterruptedRunError(
+    f"stopped by {by}; the same command continues the run in {path}."
+  )
+
+
+class Stop:
   """Whether someone asked the run to stop.
 
   The first SIGTERM or Ctrl-C lets the block of rounds finish and be saved;
@@ -384,7 +497,7 @@ class _Stop:
 
   @classmethod
   @contextlib.contextmanager
-  def on_signals(cls) -> Iterator[_Stop]:
+  def on_signals(cls) -> Iterator[Stop]:
     """Listens while the block runs; not possible in other threads."""
     stop = cls()
     try:
@@ -408,61 +521,96 @@ class _Stop:
     self._before = {}
 
 
-class _Driver:
-  """Drives one experiment through its phases."""
+# One program per network, whoever's: `jax.jit` knows it by this function.
+_accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
+
+
+class Driver:
+  """Drives one experiment through its phases.
+
+  Attributes:
+    experiment: the experiment.
+    workdir: its folder, claimed.
+    console: where it is told.
+    state: the server's state, from `restore` on.
+    seconds: spent in training so far.
+    phases: what results.json will say about those that are done.
+  """
 
   def __init__(
     self,
     experiment: Experiment,
-    workdir: workdirs.Workdir,
+    workdir: workdirs.Workdir | workdirs.Shared,
     console: consoles.Console,
-    stop: _Stop,
+    stop: Stop,
   ):
     self.experiment = experiment
     self.config = experiment.config
     self.workdir = workdir
     self.console = console
     self.stop = stop
+    self.state: Any = None
+    self.seconds = 0.0
     self.phases: list[dict[str, Any]] = []
-    self._accuracy = jax.jit(
-      lambda params, examples: evaluate.accuracy(
-        experiment.model, params, examples
-      )
-    )
 
   # --- the course of the run -------------------------------------------------
 
-  def run(self) -> list[dict[str, Any]]:
-    """Runs every phase that is not done yet."""
-    state = self.experiment.init_state()
-    seconds = 0.0
-    restored = self.workdir.restore(state)
-    if restored is not None:
-      loaded, progress = restored
-      state = jax.tree.map(jnp.asarray, loaded)
-      self.phases, seconds = progress.phases, progress.seconds
-      where = f"after round {int(state.round)}"
-      if progress.complete:
-        where = f"after phase {progress.phase}"
-      self.console.say(f"continuing in {self.workdir.path} {where}")
-    done = {phase["name"] for phase in self.phases}
-    if TRAINING not in done:
-      state = self._train(state, seconds)
-    for name, kind, side in course(self.config.phases):
-      if name not in done:
-        self._check_stop()
-        after = self._phase(name, kind, state)
-        self._finish(name, after, side=side)
-        if not side:
-          state = after
-    return self.phases
+  def restore(self) -> None:
+    """Takes up the newest checkpoint, or begins."""
+    self.state = self.experiment.init_state()
+    restored = self.workdir.restore(self.state)
+    if restored is None:
+      return
+    loaded, progress = restored
+    self.state = parallel.replicate(
+      jax.tree.map(jnp.asarray, loaded), self.experiment.mesh
+    )
+    self.phases, self.seconds = progress.phases, progress.seconds
+    where = f"after round {int(self.state.round)}"
+    if progress.complete:
+      where = f"after phase {progress.phase}"
+    self.console.say(f"continuing in {self.workdir.path} {where}")
+
+  @property
+  def trained(self) -> bool:
+    """Whether training is done."""
+    return any(phase["name"] == TRAINING for phase in self.phases)
+
+  def finish(self) -> dict[str, Any]:
+    """Runs every phase that is not done yet, and writes the results.
+
+    Returns:
+      The contents of results.json.
+    """
+    try:
+      if not self.trained:
+        self._train()
+      done = {phase["name"] for phase in self.phases}
+      for name, kind, side in course(self.config.phases):
+        if name not in done:
+          self._check_stop()
+          after = self._phase(name, kind, self.state)
+          self._finish(name, after, side=side)
+          if not side:
+            self.state = after
+    finally:
+      self.console.stop()
+    results = {
+      "config": self.config.identity(),
+      "environment": environment(),
+      "phases": self.phases,
+      "seed": self.config.seed,
+    }
+    self.workdir.write_json(workdirs.RESULTS, results)
+    write_report(self.config, results, self.workdir, self.experiment.dataset)
+    return results
+
+  def _stopping(self) -> bool:
+    return parallel.anywhere(self.stop.signal is not None)
 
   def _check_stop(self) -> None:
-    if self.stop.signal is not None:
-      raise errors.InterruptedRunError(
-        f"stopped by {signal.Signals(self.stop.signal).name}; the same"
-        f" command continues the run in {self.workdir.path}."
-      )
+    if self._stopping():
+      raise interrupted(self.stop, self.workdir.path)
 
   def _finish(self, name: str, state: Any, *, side: bool) -> None:
     """Tells, and saves, the end of a phase."""
@@ -497,68 +645,125 @@ class _Driver:
 
   def _measure(self, params: models.Params) -> tuple[float, float | None]:
     """TA and AA."""
-    accuracy = self._accuracy(params, self.experiment.test)
-    if self.experiment.backdoored is None:
+    experiment = self.experiment
+    accuracy = _accuracy(experiment.model, params, experiment.test)
+    if experiment.backdoored is None:
       return float(accuracy), None
-    success = self._accuracy(params, self.experiment.backdoored)
+    success = _accuracy(experiment.model, params, experiment.backdoored)
     return float(accuracy), float(success)
 
   # --- training --------------------------------------------------------------
 
-  def _train(self, state: Any, seconds: float) -> Any:
+  def _train(self) -> None:
     """Federated training, in blocks between evaluations."""
     config = self.config
-    started = time.perf_counter() - seconds
+    state, self.state = self.state, None
+    started = time.perf_counter() - self.seconds
     done = int(state.round)
     self.console.start(TRAINING, config.rounds, done)
+    # The second block is looked at: the first one compiles.
+    looked_at = 1 if config.profile else -1
+    blocks = 0
     while done < config.rounds:
-      # Every block ends at a multiple, wherever the run was interrupted.
-      length = min(
-        config.eval_every - done % config.eval_every,
-        config.checkpoint_every - done % config.checkpoint_every,
-        config.rounds - done,
-      )
+      length = 1 if blocks == looked_at else self.block_length(done)
       last_good = jax.tree.map(jnp.copy, state)
-      state, metrics = self.experiment.block(
-        state, self.experiment.federation, self.experiment.key, length
-      )
-      if bad := int(metrics.bad_round):
-        self._save_training(last_good, time.perf_counter() - started)
-        raise errors.DivergedError(
-          f"training became not finite in round {bad}: lower"
-          " --learning_rate or --gamma. The last good checkpoint, of round"
-          f" {done}, is in {self.workdir.path / workdirs.CHECKPOINTS}."
+      with self._trace() if blocks == looked_at else contextlib.nullcontext():
+        state, metrics = self.experiment.block(
+          state,
+          self.experiment.federation,
+          self.experiment.key,
+          length,
+          self.experiment.examples,
         )
+        bad = int(metrics.bad_round)
+      blocks += 1
+      self.seconds = time.perf_counter() - started
+      if bad:
+        raise self.diverged(last_good, bad)
       done += length
-      if done % config.eval_every == 0 or done == config.rounds:
-        accuracy, success = self._measure(state.params)
-        self.workdir.log(
-          phase=TRAINING,
-          round=done,
-          loss=float(metrics.loss),
-          test_accuracy=accuracy,
-          attack_success=success,
+      line = self.log_training(done, metrics)
+      if line is not None:
+        self.console.advance(
+          done, line["test_accuracy"], line["attack_success"]
         )
-        self.console.advance(done, accuracy, success)
-      seconds = time.perf_counter() - started
-      if self.stop.signal is not None and done < config.rounds:
-        self._save_training(state, seconds)
+      self.seconds = time.perf_counter() - started
+      if done < config.rounds and self._stopping():
+        self.save_training(state)
         self._check_stop()
-      if done % config.checkpoint_every == 0 and done < config.rounds:
-        self._save_training(state, seconds)
+      if self.due(done):
+        self.save_training(state)
     self.console.stop()
-    self._record(TRAINING, state, time.perf_counter() - started)
-    self._finish(TRAINING, state, side=False)
-    return state
+    self.seconds = time.perf_counter() - started
+    self.end_training(state)
 
-  def _save_training(self, state: Any, seconds: float) -> None:
+  @contextlib.contextmanager
+  def _trace(self) -> Iterator[None]:
+    """Writes what happens on the devices, for TensorBoard and Perfetto."""
+    if jax.process_index():
+      yield
+      return
+    folder = self.workdir.path / workdirs.PROFILE
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+      yield
+    self.console.say(
+      f"trace of a round in {folder}: TensorBoard, or"
+      " perfetto_trace.json.gz at https://ui.perfetto.dev"
+    )
+
+  def block_length(self, done: int) -> int:
+    """Rounds until the next evaluation, checkpoint or the end.
+
+    Every block ends at a multiple, wherever the run was interrupted.
+    """
+    config = self.config
+    return min(
+      config.eval_every - done % config.eval_every,
+      config.checkpoint_every - done % config.checkpoint_every,
+      config.rounds - done,
+    )
+
+  def log_training(
+    self, done: int, metrics: rounds.RoundMetrics
+  ) -> dict[str, Any] | None:
+    """Logs a block's metrics, if they are to be seen after so many rounds."""
+    config = self.config
+    if done % config.eval_every and done != config.rounds:
+      return None
+    line = _line(metrics)
+    self.workdir.log(phase=TRAINING, round=done, **line)
+    return line
+
+  def due(self, done: int) -> bool:
+    """Whether a checkpoint is to be saved after so many rounds."""
+    return (
+      done % self.config.checkpoint_every == 0 and done < self.config.rounds
+    )
+
+  def save_training(self, state: Any) -> None:
+    """Saves a checkpoint within training."""
     self.workdir.save(
       state,
       phase=TRAINING,
       complete=False,
       side=False,
       phases=self.phases,
-      seconds=seconds,
+      seconds=self.seconds,
+    )
+
+  def end_training(self, state: Any) -> None:
+    """Measures and saves the trained model, which the run goes on from."""
+    self.state = state
+    self._record(TRAINING, state, self.seconds)
+    self._finish(TRAINING, state, side=False)
+
+  def diverged(self, last_good: Any, bad_round: int) -> errors.DivergedError:
+    """Saves the last good state, and says what happened after it."""
+    self.save_training(last_good)
+    return errors.DivergedError(
+      f"training became not finite in round {bad_round}: lower"
+      " --learning_rate or --gamma. The last good checkpoint, of round"
+      f" {int(last_good.round)}, is in"
+      f" {self.workdir.path / workdirs.CHECKPOINTS}."
     )
 
   # --- cleansing -------------------------------------------------------------
@@ -583,12 +788,23 @@ class _Driver:
       experiment.model,
       experiment.federation,
       trim=self.config.report_trim,
-      report=functools.partial(
-        experiment.attack.report,
-        federation=experiment.federation,
-        kind="accuracies",
-      ),
+      report=functools.partial(self._reported, kind="accuracies"),
     )
+
+  def _reported(self, values: Array, *, kind: str) -> Array:
+    """Clients' honest reports as the server receives them."""
+    attack = self.experiment.attack
+
+    @jax.jit
+    def report(values: Array, federation: federations.Federation) -> Array:
+      clients = parallel.without_padding(federation)
+      received = attack.report(values, clients, kind=kind)
+      return parallel.everywhere(received, federation.mesh)
+
+    clients = self.experiment.federation
+    if isinstance(clients, populations.Population):
+      clients = parallel.replicate(clients.clients, clients.mesh)
+    return report(values, clients)
 
   def _shown(self) -> dict[str, evaluate.Examples]:
     shown = {"test_accuracy": self.experiment.test}
@@ -603,12 +819,11 @@ class _Driver:
       self.config,
       self.experiment.model,
     )
-    means = reports.client_activations(
-      model, state.params, experiment.federation
+    means = populations.ask_clients(
+      functools.partial(reports.client_activations, model, state.params),
+      experiment.federation,
     )
-    means = experiment.attack.report(
-      means, experiment.federation, kind="activations"
-    )
+    means = self._reported(means, kind="activations")
     pruned = pipeline.prune(
       model,
       state.params,
@@ -644,33 +859,16 @@ class _Driver:
   ) -> tuple[Any, dict[str, Any], Any]:
     """Federated fine-tuning (FT), attackers included."""
     config, experiment = self.config, self.experiment
-    federation = experiment.federation
-    federation = federation.replace(
-      scale=jnp.where(
-        federation.attacker,
-        jnp.float32(config.fine_tune_gamma),
-        federation.scale,
-      )
+    federation = populations.amplified(
+      experiment.federation, config.fine_tune_gamma
     )
-    validate = None
-    if experiment.validation is not None:
-      validate = functools.partial(
-        self._accuracy, examples=experiment.validation
-      )
     lines: list[dict[str, Any]] = []
 
-    def tell(done: int, state: Any, loss: float, validated: float) -> None:
-      accuracy, success = self._measure(state.params)
-      line = {
-        "round": done,
-        "loss": loss,
-        "test_accuracy": accuracy,
-        "attack_success": success,
-      }
-      if validate is not None:
-        line["accuracy"] = validated
+    def tell(done: int, state: Any, metrics: rounds.RoundMetrics) -> None:
+      del state
+      line = {"round": done, **_line(metrics)}
       lines.append(line)
-      self.console.advance(done, accuracy, success)
+      self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
       self._check_stop()
 
@@ -682,7 +880,7 @@ class _Driver:
       experiment.key,
       rounds=config.fine_tune_rounds,
       patience=config.fine_tune_patience,
-      accuracy=validate,
+      examples=experiment.examples,
       on_round=tell,
     )
     self.console.stop()
@@ -741,6 +939,20 @@ class _Driver:
       "weight_std": adjusted.std,
     }
     return state.replace(params=adjusted.params), facts, curve
+
+
+def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
+  """What a block's metrics say, as metrics.jsonl has it."""
+  measured = {name: float(value) for name, value in metrics.accuracies.items()}
+  line = {
+    "loss": float(metrics.loss),
+    "test_accuracy": measured["test"],
+    "attack_success": measured.get("backdoored"),
+  }
+  # As in the searches: what the server itself can measure.
+  if "validation" in measured:
+    line["accuracy"] = measured["validation"]
+  return line
 
 
 def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:

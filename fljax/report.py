@@ -124,10 +124,11 @@ def delta_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   figure, axes = _axes(
     "threshold Δ (standard deviations)", f"{phase['name']}: extreme weights"
   )
-  # The unadjusted model stands one step left of the first threshold.
+  # The unadjusted model stands left of the first threshold, so far that the
+  # two labels do not touch.
   finite = [line["delta"] for line in lines if line["delta"] is not None]
-  step = finite[0] - finite[1] if len(finite) > 1 else 1.0
-  first = (finite[0] if finite else 0.0) + step
+  span = finite[0] - finite[-1] if len(finite) > 1 else 1.0
+  first = (finite[0] if finite else 0.0) + span / 10
   x = [first if line["delta"] is None else line["delta"] for line in lines]
   _draw(axes, x, lines, "o")
   chosen = phase["delta"]

@@ -2,24 +2,30 @@
 
 A round is a pure function: sample a cohort, train its clients from the global
 model, apply the attack to their stacked updates, aggregate, step. Fine-tuning
-is the same round: the server's state carries the neuron mask.
+is the same round: the server's state carries the neuron mask. On a mesh the
+cohort is spread over the devices; the server's state is the same on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any
+from typing import Protocol
 
 from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from fljax import aggregators
 from fljax import attacks
+from fljax import evaluate
 from fljax import federation as federations
 from fljax import local
 from fljax import models
+from fljax import parallel
 
 Array = jax.Array
 Params = models.Params
@@ -48,20 +54,45 @@ class RoundMetrics(struct.PyTreeNode):
     loss: float32 scalar, mean training loss over the cohort's clients.
     bad_round: int32 scalar, the first round (from 1) whose loss or model was
       not finite; 0 if there was none.
+    accuracies: float32 scalars by name, of the model after the round on each
+      of the block's examples.
   """
 
   loss: Array
   bad_round: Array
+  accuracies: dict[str, Array] = struct.field(default_factory=dict)
 
 
 Round = Callable[
   [ServerState, federations.Federation, Array],
   tuple[ServerState, RoundMetrics],
 ]
-Block = Callable[
-  [ServerState, federations.Federation, Array, Array | int],
-  tuple[ServerState, RoundMetrics],
-]
+
+
+class Block(Protocol):
+  """Rounds of training as one program."""
+
+  def __call__(
+    self,
+    state: ServerState,
+    federation: Any,
+    key: Array,
+    rounds: Array | int,
+    examples: dict[str, evaluate.Examples] | None = None,
+  ) -> tuple[ServerState, RoundMetrics]:
+    """Runs some rounds, then evaluates the model.
+
+    Args:
+      state: donated: the caller's copy is gone.
+      federation: all clients; a `Population` for a `make_streamed_block`.
+      key: random key of the whole training.
+      rounds: how many.
+      examples: what to evaluate the model on, by name.
+
+    Returns:
+      The state, and the metrics of the last round; `bad_round` is the first
+      bad one.
+    """
 
 
 def init_state(
@@ -94,6 +125,24 @@ def sample_cohort(ids: Array, size: int, key: Array) -> Array:
   return jnp.argsort(scores)[:size]
 
 
+def chosen_in_round(
+  ids: Array, size: int, key: Array, round_index: Array
+) -> Array:
+  """Who takes part in a round: see `sample_cohort`.
+
+  Args:
+    ids: int32 [clients].
+    size: clients to choose.
+    key: random key of the whole training.
+    round_index: from 0.
+
+  Returns:
+    int32 [size], positions.
+  """
+  sample_key, _ = jax.random.split(jax.random.fold_in(key, round_index))
+  return sample_cohort(ids, size, sample_key)
+
+
 def make_round(
   model: models.Model,
   train: local.LocalTraining,
@@ -117,7 +166,9 @@ def make_round(
     cohort_size: clients sampled per round, without replacement (k·N of
       Section III-A); 0 takes all, in order.
     server_rate: η.
-    client_chunk: clients trained at once, see `local.map_clients`.
+    client_chunk: clients trained at once on a device, see
+      `parallel.map_clients`; memory grows with it, unless the aggregator or
+      the attack needs all updates at once.
 
   Returns:
     The round: (state, federation, key) -> (state, metrics). The key is that
@@ -130,38 +181,58 @@ def make_round(
     Zhu, Yang, Mitra), Sections III-A, III-C and IV-B (Equation 2).
   """
 
+  def local_update(
+    common: tuple[Params, Array, Array],
+    client: federations.Federation,
+    active: Array,
+  ) -> tuple[Params, Array]:
+    params, neuron_mask, key = common
+    client_key = jax.random.fold_in(key, client.ids)
+    after, loss = train(params, client, neuron_mask, active, client_key)
+    return jax.tree.map(jnp.subtract, after, params), loss
+
+  def attacked_updates(
+    common: Any, clients: federations.Federation, active: Array
+  ) -> tuple[Params, Array]:
+    updates, losses = parallel.each(local_update)(common, clients, active)
+    return attack.updates(updates, clients, active), losses
+
   def run(
     state: ServerState, federation: federations.Federation, key: Array
   ) -> tuple[ServerState, RoundMetrics]:
-    round_key = jax.random.fold_in(key, state.round)
-    sample_key, client_key = jax.random.split(round_key)
+    _, client_key = jax.random.split(jax.random.fold_in(key, state.round))
     if 0 < cohort_size < federation.num_clients:
-      chosen = sample_cohort(federation.ids, cohort_size, sample_key)
-      cohort = federations.select(federation, chosen)
+      ids = federation.ids[: federation.num_clients]
+      chosen = chosen_in_round(ids, cohort_size, key, state.round)
+      cohort = parallel.gather_cohort(federation, chosen)
     else:
       cohort = federation
     active = federations.active_attackers(cohort, state.round)
-
-    def one_client(
-      client: federations.Federation, active: Array
-    ) -> tuple[Params, Array]:
-      params, loss = train(
-        state.params,
-        client,
-        state.neuron_mask,
-        active,
-        jax.random.fold_in(client_key, client.ids),
-      )
-      return jax.tree.map(jnp.subtract, params, state.params), loss
-
-    updates, losses = local.map_clients(one_client, client_chunk)(
-      cohort, active
-    )
-    updates = attack.updates(updates, cohort, active)
     counts = federations.training_mask(cohort, active).sum(axis=1)
-    update, aggregator_state = aggregator.update(
-      updates, counts.astype(jnp.float32), state.aggregator
-    )
+    weights = counts[: cohort.num_clients].astype(jnp.float32)
+    common = (state.params, state.neuron_mask, client_key)
+    if aggregator.shares is not None and attack.rowwise:
+      update, losses = parallel.sum_over_clients(
+        attacked_updates,
+        common,
+        aggregator.shares(weights),
+        cohort,
+        active,
+        chunk=client_chunk,
+      )
+      aggregator_state = state.aggregator
+    else:
+      updates, losses = parallel.map_clients(
+        local_update, common, cohort, active, chunk=client_chunk
+      )
+      updates = attack.updates(
+        updates,
+        parallel.without_padding(cohort),
+        active[: cohort.num_clients],
+      )
+      update, aggregator_state = aggregator.update(
+        updates, weights, state.aggregator
+      )
     params = jax.tree.map(
       lambda old, change: old + server_rate * change, state.params, update
     )
@@ -180,7 +251,7 @@ def make_round(
   return run
 
 
-def make_block(run_round: Round) -> Block:
+def make_block(model: models.Model, run_round: Round) -> Block:
   """Builds a block of rounds: one program for any number of them.
 
   The number is an argument of the program, not of its compilation, and the
@@ -188,19 +259,20 @@ def make_block(run_round: Round) -> Block:
   of its result are the same.
 
   Args:
+    model: the network, to evaluate.
     run_round: the round.
 
   Returns:
-    (state, federation, key, rounds) -> (state, metrics of the last round;
-    `bad_round` of the first bad one). It donates the state: the caller's copy
-    is gone.
+    The block.
   """
 
+  @functools.partial(jax.jit, donate_argnums=0)
   def run(
     state: ServerState,
     federation: federations.Federation,
     key: Array,
-    rounds: Array,
+    rounds: Array | int,
+    examples: dict[str, evaluate.Examples] | None = None,
   ) -> tuple[ServerState, RoundMetrics]:
     def body(
       _: Array, carry: tuple[ServerState, RoundMetrics]
@@ -212,9 +284,79 @@ def make_block(run_round: Round) -> Block:
       )
       return state, metrics.replace(bad_round=first)
 
-    nothing = RoundMetrics(
-      loss=jnp.zeros((), jnp.float32), bad_round=jnp.zeros((), jnp.int32)
+    state, metrics = lax.fori_loop(0, rounds, body, (state, _no_round()))
+    return state, metrics.replace(
+      accuracies=_accuracies(model, state.params, examples)
     )
-    return lax.fori_loop(0, rounds, body, (state, nothing))
 
-  return jax.jit(run, donate_argnums=0)
+  return run
+
+
+def make_streamed_block(
+  model: models.Model, run_round: Round, cohort_size: int
+) -> Block:
+  """Blocks of rounds over a `Population`: one program per round.
+
+  Args:
+    model: the network, to evaluate.
+    run_round: the round, without client sampling.
+    cohort_size: clients per round; who they are, and every random number, is
+      as if `make_round` sampled them.
+
+  Returns:
+    The block. The host chooses and gathers the next cohort while the device
+    trains.
+  """
+  one_round = jax.jit(run_round, donate_argnums=0)
+  measure = jax.jit(functools.partial(_accuracies, model))
+  choose = jax.jit(chosen_in_round, static_argnums=1)
+
+  def run(
+    state: ServerState,
+    federation: Any,
+    key: Array,
+    rounds: Array | int,
+    examples: dict[str, evaluate.Examples] | None = None,
+  ) -> tuple[ServerState, RoundMetrics]:
+    # Choosing is the host's: on one device, whatever the mesh.
+    bits = np.asarray(jax.random.key_data(key))
+    own_key = jax.random.wrap_key_data(
+      jnp.asarray(bits), impl=jax.random.key_impl(key)
+    )
+
+    def cohort(index: int) -> federations.Federation:
+      ids = federation.clients.ids
+      chosen = choose(ids, cohort_size, own_key, np.int32(index))
+      return federation.cohort(np.asarray(chosen))
+
+    first = int(state.round)
+    last = first + int(rounds)
+    metrics, bad_rounds = _no_round(), []
+    waiting = cohort(first) if first < last else None
+    for index in range(first, last):
+      state, metrics = one_round(state, waiting, key)
+      bad_rounds.append(metrics.bad_round)
+      waiting = cohort(index + 1) if index + 1 < last else None
+    bad = next((one for one in bad_rounds if int(one)), metrics.bad_round)
+    return state, metrics.replace(
+      bad_round=bad, accuracies=measure(state.params, examples)
+    )
+
+  return run
+
+
+def _no_round() -> RoundMetrics:
+  return RoundMetrics(
+    loss=jnp.zeros((), jnp.float32), bad_round=jnp.zeros((), jnp.int32)
+  )
+
+
+def _accuracies(
+  model: models.Model,
+  params: Params,
+  examples: dict[str, evaluate.Examples] | None,
+) -> dict[str, Array]:
+  return {
+    name: evaluate.accuracy(model, params, chosen)
+    for name, chosen in (examples or {}).items()
+  }

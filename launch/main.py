@@ -1,4 +1,4 @@
-"""Runs one experiment: python launch/main.py --flagfile=launch/mnist.flags."""
+"""Runs experiments: python launch/main.py --flagfile=launch/mnist.flags."""
 
 from collections.abc import Sequence
 import sys
@@ -11,6 +11,7 @@ from fljax import config
 from fljax import console
 from fljax import errors
 from fljax import experiment
+from fljax import sweep
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,12 +21,23 @@ def main(arguments: Sequence[str]) -> int:
   # Orbax and JAX report every step of theirs at INFO.
   logging.set_verbosity(logging.WARNING)
   try:
+    if flags.FLAGS.sweep:
+      return run_sweep(sweep.expand(config.from_flags(), flags.FLAGS.sweep))
     results = experiment.run(config.from_flags())
   except errors.FljaxError as error:
     print(f"fljax: {error}", file=sys.stderr)
     return 2
   print(console.table(results))
   return 0
+
+
+def run_sweep(configs: dict[str, config.Config]) -> int:
+  outcome = sweep.run(configs)
+  if outcome.results:
+    print(console.sweep_table(outcome.results))
+  for name, error in outcome.failed.items():
+    print(f"fljax: {name}: {error}", file=sys.stderr)
+  return 2 if outcome.failed else 0
 
 
 if __name__ == "__main__":

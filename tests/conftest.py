@@ -9,6 +9,8 @@ from pathlib import Path
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One device, whatever the machine: tests of several make them themselves.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 # No test may depend on, or leave anything in, the user's cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
@@ -46,6 +48,29 @@ IMAGE_SHAPE = (8, 8, 1)
 NUM_CLASSES = 4
 VICTIM, TARGET = 3, 1
 TRIGGER = [(-1, -1), (-1, -2), (-2, -1), (-2, -2)]
+# A network for 8 x 8 images, and an experiment with it, so that whole runs take
+# seconds. It is no choice of --model until `MODELS` has it.
+TINY = models._Architecture((6, "pool"), 8, 3, 1, True, (16,))
+TINY_SETTINGS = {
+  "model": "tiny",
+  "num_clients": 4,
+  "samples_per_client": 80,
+  "labels_per_client": 3,
+  "validation_size": 60,
+  "rounds": 6,
+  "eval_every": 2,
+  "checkpoint_every": 2,
+  "fine_tune_rounds": 3,
+  "victim_label": VICTIM,
+  "target_label": TARGET,
+  "trigger": "pixel3",
+  "gamma": 2.0,
+  "normalisation": "standard",
+  "learning_rate": 0.2,
+  "batch_size": 5,
+  "delta_step": 1.0,
+  "figures": False,
+}
 
 
 class Stem(nn.Module):
@@ -66,8 +91,7 @@ class Head(nn.Module):
     return nn.Dense(NUM_CLASSES)(x.reshape(x.shape[0], -1))
 
 
-@pytest.fixture(scope="session")
-def model():
+def from_flax():
   """A user's own network of plain Flax layers, small enough for a test."""
   return models.from_flax(
     stem=Stem(),
@@ -78,6 +102,11 @@ def model():
     mean=(0.3,),
     std=(0.4,),
   )
+
+
+@pytest.fixture(scope="session")
+def model():
+  return from_flax()
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +124,15 @@ def make_images(count, seed=0):
   return images, labels.astype(np.int32)
 
 
-def make_federation(
-  *, clients=4, samples=10, attackers=1, gamma=1.0, fraction=0.3, start=0
-):
-  """A poisoned federation and the attack that poisoned it."""
+def write_images(path, count=600):
+  """An .npz data set of such images."""
+  images, labels = make_images(count)
+  np.savez(path, images=images, labels=labels)
+  return path
+
+
+def make_dealt(clients, samples):
+  """Images, labels, and who of the clients gets which."""
   images, labels = make_images(clients * samples)
   partition = partitions.iid(
     np.arange(len(images)),
@@ -106,10 +140,15 @@ def make_federation(
     samples_per_client=samples,
     rng=np.random.default_rng(1),
   )
+  return images, labels, partition
+
+
+def make_federation(
+  *, clients=4, samples=10, attackers=1, gamma=1.0, fraction=0.3, start=0
+):
+  """A poisoned federation and the attack that poisoned it."""
   federation = federations.create(
-    images,
-    labels,
-    partition,
+    *make_dealt(clients, samples),
     num_attackers=attackers,
     pieces=[triggers.from_pixels(TRIGGER, IMAGE_SHAPE)],
     attack_start=start,

@@ -47,3 +47,13 @@ def test_the_summary_of_what_is_no_run_is_refused(tmp_path):
   )
   assert process.returncode == 2 and "cannot be read" in process.stderr
   assert "Traceback" not in process.stderr
+
+
+def test_the_table_of_a_sweep_shows_every_experiment_and_averages():
+  runs = {"seed=0": _results(0.9, 0.0), "seed=1": _results(1.0, None)}
+  del runs["seed=1"]["phases"][2]
+  lines = console.sweep_table(runs).splitlines()
+  assert lines[0].split() == ["TA/AA", "%", "training", "fp", "aw"]
+  assert lines[2].split() == ["seed=0", "90.0/0.0", "90.0/0.0", "90.0/0.0"]
+  assert lines[3].split() == ["seed=1", "100.0/-", "100.0/-"]
+  assert lines[6].split()[:5] == ["training", "2", "95.00", "±", "7.07"]

@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import chex
 from conftest import NUM_CLASSES
 from conftest import ROOT
+from conftest import TINY
+from conftest import TINY_SETTINGS
 from conftest import make_images
+from conftest import write_images
 import jax
 import numpy as np
 import pytest
@@ -20,30 +24,20 @@ from fljax import models
 from fljax import workdir as workdirs
 
 
-class _TinyArchitecture:
-  """A network for 8 x 8 images, so that whole runs take seconds."""
-
-  NAME = "tiny"
-  VALUE = models._Architecture((6, "pool"), 8, 3, 1, True, (16,))
-
-
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory):
-  path = tmp_path_factory.mktemp("data") / "rows.npz"
-  images, labels = make_images(600)
-  np.savez(path, images=images, labels=labels)
-  return path
+  return write_images(tmp_path_factory.mktemp("data") / "rows.npz")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  models.MODELS[_TinyArchitecture.NAME] = _TinyArchitecture.VALUE
+  models.MODELS["tiny"] = TINY
   field = configs.Config.__dataclass_fields__["model"]
   choices = field.metadata["choices"]
   field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
   yield
   field.metadata = {**field.metadata, "choices": choices}
-  del models.MODELS[_TinyArchitecture.NAME]
+  del models.MODELS["tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -57,25 +51,8 @@ def config(own_data, programs, tmp_path):
   return configs.Config(
     workdir=str(tmp_path / "run"),
     dataset=str(own_data),
-    model="tiny",
-    num_clients=4,
-    samples_per_client=80,
-    labels_per_client=3,
-    validation_size=60,
-    rounds=6,
-    eval_every=2,
-    checkpoint_every=2,
-    fine_tune_rounds=3,
-    victim_label=3,
-    target_label=1,
-    trigger="pixel3",
-    gamma=2.0,
-    normalisation="standard",
-    learning_rate=0.2,
-    batch_size=5,
-    delta_step=1.0,
     compilation_cache=str(programs),
-    figures=False,
+    **TINY_SETTINGS,
   )
 
 
@@ -370,3 +347,34 @@ def test_training_that_diverges_stops_with_the_last_good_checkpoint(config):
     state, _ = workdir.restore(experiment.setup(config).init_state())
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
   assert int(state.round) == 0
+
+
+@pytest.mark.parametrize("validation_size", [60, 0])
+def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
+  """Also where the clients have to report accuracies."""
+  config = _with(
+    config,
+    clients_per_round=2,
+    rounds=2,
+    fine_tune_rounds=1,
+    validation_size=validation_size,
+    cleanse="fp,ft",
+  )
+  there = _with(config, workdir=config.workdir + "-host", population="host")
+  for here in (config, there):
+    experiment.run(here, quiet=True)
+  one, two = _final(config), _final(there)
+  assert one[0]["phases"] == two[0]["phases"]
+  chex.assert_trees_all_close(one[2], two[2], rtol=1e-5)
+
+
+def test_a_profile_is_written_and_changes_nothing(config):
+  config = _with(config, rounds=4, cleanse="")
+  looked = _with(config, workdir=config.workdir + "-profile", profile=True)
+  for run in (config, looked):
+    experiment.run(run, quiet=True)
+  found = experiment.workdirs.Path(looked.workdir, "profile")
+  assert list(found.rglob("*.xplane.pb"))
+  assert list(found.rglob("perfetto_trace.json.gz"))
+  (_, _, state), (_, _, other) = _final(config), _final(looked)
+  chex.assert_trees_all_equal(state, other)

@@ -136,7 +136,7 @@ def test_full_amplification_replaces_the_global_model(model, server_rate):
 def test_many_rounds_are_traced_once(model):
   federation, attack = make_federation()
   run = make_round(model, attack)
-  block = rounds.make_block(chex.assert_max_traces(run, n=1))
+  block = rounds.make_block(model, chex.assert_max_traces(run, n=1))
   state = make_state(model)
   for length in (1, 5, 2):
     state, _ = block(state, federation, KEY, length)
@@ -150,7 +150,7 @@ def test_many_rounds_are_traced_once(model):
 
 def test_blocks_of_any_length_give_the_same_bits(model):
   federation, attack = make_federation(gamma=2.0)
-  block = rounds.make_block(make_round(model, attack, cohort_size=3))
+  block = rounds.make_block(model, make_round(model, attack, cohort_size=3))
   results = []
   for lengths in ((6,), (1, 2, 3), (5, 1)):
     state = make_state(model)
@@ -241,7 +241,9 @@ def test_the_first_bad_round_is_told(model):
     return jax.tree.map(lambda a, b: jnp.where(active.any(), a, b), bad, values)
 
   federation = federation.replace(attack_start=jnp.full(4, 2, jnp.int32))
-  block = rounds.make_block(make_round(model, attack._replace(updates=updates)))
+  block = rounds.make_block(
+    model, make_round(model, attack._replace(updates=updates))
+  )
   state, metrics = block(make_state(model), federation, KEY, 2)
   assert int(metrics.bad_round) == 0 and np.isfinite(metrics.loss)
   state, metrics = block(state, federation, KEY, 4)
@@ -250,7 +252,7 @@ def test_the_first_bad_round_is_told(model):
 
 def test_training_learns_the_task_and_the_backdoor(model):
   federation, attack = make_federation(samples=40, attackers=2, gamma=2.0)
-  block = rounds.make_block(make_round(model, attack))
+  block = rounds.make_block(model, make_round(model, attack))
   state, metrics = block(make_state(model), federation, KEY, 40)
   images, labels = make_images(200, seed=5)
   clean = evaluate.accuracy(
@@ -273,7 +275,7 @@ def test_training_learns_the_task_and_the_backdoor(model):
 
 def test_a_block_donates_its_state(model):
   federation, attack = make_federation()
-  block = rounds.make_block(make_round(model, attack))
+  block = rounds.make_block(model, make_round(model, attack))
   state = make_state(model)
   kept = copy(state)
   block(state, federation, KEY, 1)

@@ -1,0 +1,575 @@
+"""Many experiments at once: `--sweep`, and training along an experiment axis.
+
+Experiments that differ only in what programs take as data (seed, victim and
+target label, the attack's strength, ...) are trained by one compiled program
+over their stacked federations, states and keys. What that does not fit into is
+run one after another. Either way each leaves the folder that a single run of
+its config leaves, and goes on from it: training as one program saves the same
+checkpoints, and the rest of a run is `experiment.Driver`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from fljax import config as configs
+from fljax import console as consoles
+from fljax import data
+from fljax import errors
+from fljax import evaluate
+from fljax import execution
+from fljax import experiment as experiments
+from fljax import federation as federations
+from fljax import population as populations
+from fljax import rounds
+from fljax import workdir as workdirs
+
+Array = jax.Array
+Config = configs.Config
+
+PAIRS = "pairs"
+_PAIR = ("victim_label", "target_label")
+
+
+# --- which experiments -------------------------------------------------------
+
+
+def sweepable() -> dict[str, type]:
+  """Settings that a sweep may vary, and the type of their values."""
+  return {
+    field.name: type(field.default)
+    for field in dataclasses.fields(Config)
+    if field.metadata["identity"]
+    and not field.metadata["structure"]
+    and field.name not in _PAIR
+  }
+
+
+def expand(config: Config, text: str) -> dict[str, Config]:
+  """The experiments of a sweep.
+
+  Args:
+    config: what they have in common; its workdir is their folders' parent.
+    text: as in "seed=0,1,2;pairs=9:0,9:1": every combination is one
+      experiment. Pairs are victim and target labels.
+
+  Returns:
+    For each, by the name of its folder, its config.
+
+  Raises:
+    errors.ConfigError: with one sentence.
+  """
+  axes: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+  for part in text.split(";"):
+    key, equals, values = (piece.strip() for piece in part.partition("="))
+    if not equals or not key:
+      raise errors.ConfigError(
+        f"--sweep={text}: {part!r} is not of the form 'seed=0,1,2'."
+      )
+    if key in axes:
+      raise errors.ConfigError(f"--sweep={text} has {key} twice.")
+    axes[key] = [_choice(text, key, value) for value in values.split(",")]
+    names = [name for name, _ in axes[key]]
+    for name in names:
+      if names.count(name) > 1:
+        raise errors.ConfigError(f"--sweep={text} has {name} twice.")
+  found = {}
+  for choices in itertools.product(*axes.values()):
+    name = ",".join(part for part, _ in choices)
+    changes: dict[str, Any] = {"workdir": os.path.join(config.workdir, name)}
+    for _, settings in choices:
+      changes.update(settings)
+    found[name] = dataclasses.replace(config, **changes)
+  return found
+
+
+def _choice(text: str, key: str, value: str) -> tuple[str, dict[str, Any]]:
+  """One value: its part of the folder's name, and the settings it means."""
+  value = value.strip()
+  allowed = sweepable()
+  kind = int if key == PAIRS else allowed.get(key)
+  if kind is None:
+    raise errors.ConfigError(
+      f"--sweep={text}: {key} cannot be swept; {', '.join(allowed)} and"
+      f" {PAIRS} (victim:target) can."
+    )
+  parts = value.split(":") if key == PAIRS else [value]
+  try:
+    if key == PAIRS and len(parts) != 2:
+      raise ValueError
+    converted = [kind(part) for part in parts]
+  except ValueError:
+    form = "two labels, as in 9:0" if key == PAIRS else f"of type {_name(kind)}"
+    raise errors.ConfigError(
+      f"--sweep={text}: {value!r} is no value of {key}; it must be {form}."
+    ) from None
+  if key == PAIRS:
+    return "-".join(map(str, converted)), dict(
+      zip(_PAIR, converted, strict=True)
+    )
+  shown = f"{converted[0]:g}" if kind is float else str(converted[0])
+  return f"{key}={shown}", {key: converted[0]}
+
+
+def _name(kind: type) -> str:
+  return {int: "integer", float: "number"}.get(kind, kind.__name__)
+
+
+# --- training as one program -------------------------------------------------
+
+
+class Rows(NamedTuple):
+  """What differs between experiments, each leaf [experiments, ...].
+
+  Attributes:
+    federation: all clients of each.
+    key: random keys of the whole trainings.
+    examples: by name, what each measures besides what all measure.
+  """
+
+  federation: federations.Federation
+  key: Array
+  examples: dict[str, evaluate.Examples]
+
+
+SweepBlock = Callable[
+  [rounds.ServerState, Rows, Any, dict[str, evaluate.Examples]],
+  tuple[rounds.ServerState, rounds.RoundMetrics],
+]
+
+
+def make_block(block: rounds.Block, over: str) -> SweepBlock:
+  """A block of rounds of several experiments as one program.
+
+  Args:
+    block: of one of them; they have the same structure.
+    over: "vmap" advances all at once, "map" one by one. One by one, each gets
+      the bits of a single run; at once, the same up to rounding.
+
+  Returns:
+    (states [experiments, ...], rows, rounds int32 [experiments], examples
+    that all have in common) -> (states, metrics [experiments, ...]). States
+    are not donated: if memory ends midway, they are what is saved. An
+    experiment with 0 rounds to do keeps its state.
+  """
+
+  def run(
+    states: rounds.ServerState,
+    rows: Rows,
+    lengths: Array,
+    common: dict[str, evaluate.Examples],
+  ) -> tuple[rounds.ServerState, rounds.RoundMetrics]:
+    def one(
+      row: tuple[rounds.ServerState, Rows, Array],
+    ) -> tuple[rounds.ServerState, rounds.RoundMetrics]:
+      state, own, length = row
+      return block(
+        state, own.federation, own.key, length, {**common, **own.examples}
+      )
+
+    each = (states, rows, lengths)
+    return jax.vmap(one)(each) if over == "vmap" else lax.map(one, each)
+
+  return jax.jit(run)
+
+
+class _DoesNotFitError(Exception):
+  """The program needs more memory than there is."""
+
+
+@contextlib.contextmanager
+def _fitting() -> Any:
+  """Tells running out of memory from every other error."""
+  try:
+    yield
+  except MemoryError as error:
+    raise _DoesNotFitError("out of memory") from error
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise _DoesNotFitError("out of memory") from error
+
+
+def _free_memory() -> int | None:
+  """Bytes that a new program may take, if anybody knows."""
+  statistics = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" in statistics:
+    return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+  if jax.default_backend() != "cpu":
+    return None
+  try:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+      sizes = dict(line.split(":") for line in lines)
+    return 1024 * int(sizes["MemAvailable"].split()[0])
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+def _require(needed: int) -> None:
+  free = _free_memory()
+  if free is not None and needed > free:
+    raise _DoesNotFitError(
+      f"it needs {needed / 2**30:.2f} GiB of memory,"
+      f" {max(free, 0) / 2**30:.2f} are free"
+    )
+
+
+def _compile(block: SweepBlock, *arguments: Any) -> SweepBlock:
+  """Compiles, and refuses what would run out of memory."""
+  program = block.lower(*arguments).compile()  # type: ignore[attr-defined]
+  analysis = program.memory_analysis()
+  if analysis is not None:
+    _require(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+  return program
+
+
+def _row(tree: Any, index: int) -> Any:
+  return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+  """Stacks on the host, then copies to the device once."""
+  return jax.tree.map(
+    lambda *leaves: (
+      jnp.stack(leaves)
+      if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
+      else jnp.asarray(np.stack(leaves))
+    ),
+    *trees,
+  )
+
+
+def _shapes(driver: experiments.Driver) -> Any:
+  """What has to be the same for experiments to be stacked."""
+  own = (driver.state, _own(driver))
+  leaves, tree = jax.tree.flatten(own)
+  return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _own(driver: experiments.Driver) -> Rows:
+  examples = dict(driver.experiment.examples)
+  del examples["test"]
+  federation = driver.experiment.federation
+  assert isinstance(federation, federations.Federation)
+  return Rows(federation, driver.experiment.key, examples)
+
+
+def _train(
+  drivers: Sequence[experiments.Driver],
+  console: consoles.Console,
+  stop: experiments.Stop,
+  *,
+  over: str,
+  path: str,
+) -> dict[int, errors.DivergedError]:
+  """Trains experiments by one program until all are done.
+
+  Each does its own rounds up to its own next evaluation or checkpoint, so
+  that those which come from different checkpoints train together too.
+
+  Args:
+    drivers: of experiments in training, restored, their arrays on the host.
+    console: shows where they stand.
+    stop: whether to save and end.
+    over: see `make_block`.
+    path: the folder to name when stopped.
+
+  Returns:
+    By position, those that diverged; all others are trained and saved.
+
+  Raises:
+    _DoesNotFitError: there is not enough memory. What was trained so far is
+      saved, and each driver's state is that.
+    errors.InterruptedRunError: stopped; everything is saved.
+  """
+  first = drivers[0].experiment
+  total = first.config.rounds
+  common = {"test": first.test}
+  done = [int(driver.state.round) for driver in drivers]
+  saved = list(done)
+  diverged: dict[int, errors.DivergedError] = {}
+
+  def running() -> list[int]:
+    return [
+      index
+      for index in range(len(drivers))
+      if done[index] < total and index not in diverged
+    ]
+
+  def keep(indices: Iterable[int], states: Any) -> None:
+    """Saves training where it stands."""
+    for index in indices:
+      if saved[index] < done[index]:
+        drivers[index].state = _row(states, index)
+        drivers[index].save_training(drivers[index].state)
+        saved[index] = done[index]
+
+  with _fitting():
+    _require(
+      sum(
+        leaf.nbytes
+        for driver in drivers
+        for leaf in jax.tree.leaves((driver.state, _own(driver)))
+      )
+    )
+    states = _stack([driver.state for driver in drivers])
+    rows = _stack([_own(driver) for driver in drivers])
+    lengths = np.zeros(len(drivers), np.int32)
+    program = _compile(
+      make_block(first.block, over), states, rows, lengths, common
+    )
+  console.start(experiments.TRAINING, total, min(done))
+  while now := running():
+    started = time.perf_counter()
+    lengths = np.zeros(len(drivers), np.int32)
+    for index in now:
+      lengths[index] = drivers[index].block_length(done[index])
+    try:
+      with _fitting():
+        after, metrics = program(states, rows, lengths, common)
+        metrics = jax.device_get(metrics)
+    except _DoesNotFitError:
+      keep(now, jax.device_get(states))
+      raise
+    # Each one's share, so that times add up to what was spent.
+    share = (time.perf_counter() - started) / len(now)
+    lines = []
+    for index in now:
+      driver, own = drivers[index], _row(metrics, index)
+      driver.seconds += share
+      if bad := int(own.bad_round):
+        diverged[index] = driver.diverged(
+          _row(jax.device_get(states), index), bad
+        )
+        continue
+      done[index] += int(lengths[index])
+      line = driver.log_training(done[index], own)
+      if line is not None:
+        lines.append(line)
+    states = after
+    if lines:
+      _advance(console, min(done[index] for index in now), lines)
+    stopped = stop.signal is not None
+    due = [i for i in running() if stopped or drivers[i].due(done[i])]
+    ended = [i for i in now if done[i] == total]
+    on_host = jax.device_get(states) if due or ended else None
+    keep(due, on_host)
+    if ended:
+      console.stop()
+    for index in ended:
+      drivers[index].end_training(
+        jax.tree.map(jnp.asarray, _row(on_host, index))
+      )
+    if stopped and running():
+      raise experiments.interrupted(stop, path)
+  console.stop()
+  return diverged
+
+
+def _advance(
+  console: consoles.Console, done: int, lines: list[dict[str, Any]]
+) -> None:
+  """Shows the averages."""
+  success = [
+    line["attack_success"]
+    for line in lines
+    if line["attack_success"] is not None
+  ]
+  console.advance(
+    done,
+    float(np.mean([line["test_accuracy"] for line in lines])),
+    float(np.mean(success)) if success else None,
+  )
+
+
+# --- running -----------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+  """What became of a sweep.
+
+  Attributes:
+    results: by name, the contents of results.json of those that ended well.
+    failed: by name, why training or fine-tuning did not.
+  """
+
+  results: dict[str, dict[str, Any]]
+  failed: dict[str, errors.DivergedError]
+
+
+def run(
+  sweep: dict[str, Config], *, quiet: bool = False, over: str | None = None
+) -> Outcome:
+  """Runs every experiment of a sweep; continues where earlier runs stopped.
+
+  Args:
+    sweep: by name, from `expand`.
+    quiet: whether to show nothing on the terminal.
+    over: how one program trains them, see `make_block`; None is the backend's
+      measured choice.
+
+  Returns:
+    The outcome. An experiment that diverges does not stop the others.
+
+  Raises:
+    errors.FljaxError: with one sentence for the user.
+  """
+  first = next(iter(sweep.values()))
+  path = os.path.dirname(first.workdir)
+  experiments.use_devices(first)
+  experiments.use_compilation_cache(first)
+  quiet = quiet or jax.process_index() > 0
+  console = consoles.Console(quiet=quiet)
+  console.say(f"{consoles.header(first)}, and {len(sweep) - 1} more in {path}")
+  results: dict[str, dict[str, Any]] = {}
+  failed: dict[str, errors.DivergedError] = {}
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(experiments.Stop.on_signals())
+    folders: dict[str, workdirs.Workdir | workdirs.Shared] = {}
+    for name, config in sweep.items():
+      folders[name] = workdirs.open_for_all(config.workdir, config.identity())
+      stack.push(folders[name])
+    drivers = _drivers(sweep, folders, results, stop, quiet=quiet)
+    if complete := len(results):
+      console.say(f"{complete} of {len(sweep)} experiments are complete.")
+    _train_together(drivers, failed, console, stop, over=over, path=path)
+    for name, driver in drivers.items():
+      if name in failed:
+        continue
+      driver.experiment = _to_device(driver.experiment)
+      driver.state = jax.tree.map(jnp.asarray, driver.state)
+      try:
+        results[name] = driver.finish()
+      except errors.DivergedError as error:
+        console.say(f"{name}: {error}")
+        failed[name] = error
+      # No more than one experiment's images are on the device.
+      driver.experiment = _to_host(driver.experiment)
+      driver.state = None
+  return Outcome(
+    {name: results[name] for name in sweep if name in results}, failed
+  )
+
+
+def _drivers(
+  sweep: dict[str, Config],
+  folders: dict[str, workdirs.Workdir | workdirs.Shared],
+  results: dict[str, dict[str, Any]],
+  stop: experiments.Stop,
+  *,
+  quiet: bool,
+) -> dict[str, experiments.Driver]:
+  """Sets up what is not complete yet; adds what is to the results.
+
+  The data set is loaded once, and only the first experiment makes programs.
+  Nothing is begun before all of them are known good.
+  """
+  like: experiments.Experiment | None = None
+  digest = ""
+  ready = {}
+  for name, config in sweep.items():
+    found = folders[name].results()
+    if found is not None:
+      results[name] = found
+      experiments.write_report(config, found, folders[name])
+      continue
+    try:
+      experiment = experiments.setup(config, like=like)
+    except errors.ConfigError as error:
+      raise errors.ConfigError(f"{name}: {error}") from error
+    if like is None:
+      like, digest = experiment, data.digest(experiment.dataset)
+    ready[name] = _to_host(experiment)
+  drivers = {}
+  for name, experiment in ready.items():
+    folders[name].claim(digest)
+    drivers[name] = experiments.Driver(
+      experiment,
+      folders[name],
+      consoles.Console(quiet=quiet, prefix=f"{name} "),
+      stop,
+    )
+  for driver in drivers.values():
+    driver.restore()
+    if driver.experiment.mesh is None:
+      driver.state = jax.device_get(driver.state)
+  return drivers
+
+
+def _train_together(
+  drivers: dict[str, experiments.Driver],
+  failed: dict[str, errors.DivergedError],
+  console: consoles.Console,
+  stop: experiments.Stop,
+  *,
+  over: str | None,
+  path: str,
+) -> None:
+  """Trains as one program what can be; says what cannot, and why."""
+  names = [name for name, driver in drivers.items() if not driver.trained]
+  training = [drivers[name] for name in names]
+  if len(training) < 2:
+    return
+  why = None
+  if training[0].experiment.mesh is not None:
+    why = "clients are spread over several devices"
+  elif isinstance(training[0].experiment.federation, populations.Population):
+    why = "clients are on the host"
+  elif any(_shapes(driver) != _shapes(training[0]) for driver in training):
+    why = "their clients have unequal numbers of images"
+  else:
+    over = over or execution.plan_for().sweep
+    console.say(
+      f"{len(training)} experiments are trained as one program,"
+      f" {'all at once' if over == 'vmap' else 'one by one in it'}"
+    )
+    try:
+      diverged = _train(training, console, stop, over=over, path=path)
+    except _DoesNotFitError as error:
+      why = str(error)
+    else:
+      for index, reason in diverged.items():
+        console.say(f"{names[index]}: {reason}")
+        failed[names[index]] = reason
+    finally:
+      console.stop()
+  if why is not None:
+    console.say(f"the experiments run one after another: {why}")
+
+
+def _to_host(experiment: experiments.Experiment) -> experiments.Experiment:
+  """Takes what is an experiment's own off the device."""
+  return _own_through(jax.device_get, experiment)
+
+
+def _to_device(experiment: experiments.Experiment) -> experiments.Experiment:
+  return _own_through(lambda tree: jax.tree.map(jnp.asarray, tree), experiment)
+
+
+def _own_through(
+  move: Callable[[Any], Any], experiment: experiments.Experiment
+) -> experiments.Experiment:
+  # What is spread over a mesh stays there, and so does what is on the host.
+  if experiment.mesh is not None or isinstance(
+    experiment.federation, populations.Population
+  ):
+    return experiment
+  return experiment._replace(
+    federation=move(experiment.federation),
+    validation=move(experiment.validation),
+    backdoored=move(experiment.backdoored),
+  )

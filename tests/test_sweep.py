@@ -1,0 +1,377 @@
+"""Many experiments at once leave what single runs of each leave."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+import signal
+
+from conftest import make_images
+import jax
+import numpy as np
+import pytest
+
+from fljax import config as configs
+from fljax import console
+from fljax import errors
+from fljax import execution
+from fljax import experiment
+from fljax import models
+from fljax import sweep
+from fljax import workdir as workdirs
+
+SWEEP = "seed=0,1;pairs=3:1,2:1"
+NAMES = ["seed=0,3-1", "seed=0,2-1", "seed=1,3-1", "seed=1,2-1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+  """A network for 8 x 8 images, so that whole runs take seconds."""
+  models.MODELS["tiny"] = models._Architecture(
+    (6, "pool"), 8, 3, 1, True, (16,)
+  )
+  field = configs.Config.__dataclass_fields__["model"]
+  before = field.metadata
+  field.metadata = {**before, "choices": (*before["choices"], "tiny")}
+  yield
+  field.metadata = before
+  del models.MODELS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("sweep")
+  images, labels = make_images(400)
+  np.savez(path / "rows.npz", images=images, labels=labels)
+  return path
+
+
+def _config(folder, name, **changes):
+  settings = {
+    "dataset": str(folder / "rows.npz"),
+    "model": "tiny",
+    "num_clients": 3,
+    "samples_per_client": 40,
+    "validation_size": 30,
+    "rounds": 3,
+    "eval_every": 2,
+    "checkpoint_every": 1,
+    "fine_tune_rounds": 1,
+    "victim_label": 3,
+    "target_label": 1,
+    "gamma": 2.0,
+    "learning_rate": 0.2,
+    "batch_size": 5,
+    "delta_step": 2.0,
+    "cleanse": "",
+    "figures": False,
+    "compilation_cache": str(folder / "programs"),
+  }
+  return configs.Config(workdir=str(folder / name), **{**settings, **changes})
+
+
+def _left(folder):
+  """What a run left, without times, and its last checkpoint's arrays."""
+  results = json.loads((folder / "results.json").read_text())
+  for phase in results["phases"]:
+    phase.pop("seconds")
+  checkpoints = workdirs.list_checkpoints(folder)
+  stored = workdirs._checkpointer().restore(
+    (checkpoints[-1][1] / "state").absolute()
+  )
+  return {
+    "config": (folder / "config.json").read_text(),
+    "metrics": (folder / "metrics.jsonl").read_text(),
+    "results": results,
+    "checkpoints": [path.name for _, path in checkpoints],
+    "arrays": {name: np.asarray(array) for name, array in stored.items()},
+  }
+
+
+def _assert_same(one, two):
+  arrays_one, arrays_two = one.pop("arrays"), two.pop("arrays")
+  assert one == two
+  assert arrays_one.keys() == arrays_two.keys()
+  for name, array in arrays_one.items():
+    np.testing.assert_array_equal(array, arrays_two[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+  """What a single run of each config leaves, run once per kind."""
+  known = set()
+
+  def left(name, **changes):
+    parent = "-".join(["single", *map(str, changes.values())])
+    config = sweep.expand(_config(folder, parent, **changes), SWEEP)[name]
+    if config.workdir not in known:
+      experiment.run(config, quiet=True)
+      known.add(config.workdir)
+    return _left(Path(config.workdir))
+
+  return left
+
+
+# --- which experiments -------------------------------------------------------
+
+
+def test_every_combination_has_a_folder_of_its_own():
+  common = configs.Config(workdir="runs/sweep")
+  found = sweep.expand(common, "seed=0, 7;pairs=9:0,9:1;gamma=2,2.5")
+  assert list(found)[:3] == [
+    "seed=0,9-0,gamma=2",
+    "seed=0,9-0,gamma=2.5",
+    "seed=0,9-1,gamma=2",
+  ]
+  assert len(found) == 8
+  assert found["seed=7,9-1,gamma=2.5"] == dataclasses.replace(
+    common,
+    workdir="runs/sweep/seed=7,9-1,gamma=2.5",
+    seed=7,
+    victim_label=9,
+    target_label=1,
+    gamma=2.5,
+  )
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("seed", "'seed' is not of the form 'seed=0,1,2'"),
+    ("seed=0,1;", "'' is not of the form"),
+    ("seed=", "'' is no value of seed; it must be of type integer"),
+    ("seed=0,one", "'one' is no value of seed"),
+    ("seed=0,1,0", "has seed=0 twice"),
+    ("gamma=1,1.0", "has gamma=1 twice"),
+    ("seed=0;seed=1", "has seed twice"),
+    ("pairs=9", "'9' is no value of pairs; it must be two labels, as in 9:0"),
+    ("pairs=9:0:1", "must be two labels"),
+    ("pairs=1:1", "two different labels"),
+    ("seed=-1", "--seed=-1 is out of range"),
+    ("trigger=pixel2", "unknown --trigger=pixel2"),
+    ("rounds=1,2", "rounds cannot be swept; seed, "),
+    ("victim_label=1", "victim_label cannot be swept"),
+    ("workdir=a,b", "workdir cannot be swept"),
+  ],
+)
+def test_a_bad_sweep_is_refused_in_one_sentence(text, message):
+  with pytest.raises(errors.ConfigError) as caught:
+    sweep.expand(configs.Config(), text)
+  assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_the_data_is_named(folder):
+  found = sweep.expand(_config(folder, "misfit"), "pairs=3:1,3:9")
+  with pytest.raises(
+    errors.ConfigError, match=r"^3-9: --target_label=9 is out"
+  ):
+    sweep.run(found, quiet=True)
+  assert not list((folder / "misfit").glob("*/config.json"))
+
+
+def test_experiments_of_other_structure_share_nothing(folder):
+  one = experiment.setup(_config(folder, "one"))
+  with pytest.raises(ValueError, match="structure"):
+    experiment.setup(_config(folder, "two", learning_rate=0.3), like=one)
+
+
+# --- the same results --------------------------------------------------------
+
+
+def test_one_by_one_in_one_program_leaves_the_bits_of_single_runs(
+  folder, single, monkeypatch
+):
+  made = []
+  setup = experiment.setup
+  loads = []
+  load = experiment.data.load
+
+  def counting(*arguments, **options):
+    made.append(setup(*arguments, **options))
+    return made[-1]
+
+  def loading(*arguments, **options):
+    loads.append(arguments)
+    return load(*arguments, **options)
+
+  monkeypatch.setattr(experiment, "setup", counting)
+  monkeypatch.setattr(experiment.data, "load", loading)
+  config = _config(folder, "map", cleanse="fp,ft,aw")
+  outcome = sweep.run(sweep.expand(config, SWEEP), quiet=True, over="map")
+  monkeypatch.undo()
+  assert list(outcome.results) == NAMES and not outcome.failed
+  # One data set; one program of rounds, compiled once for all fine-tuning.
+  assert len(made) == 4 and len(loads) == 1
+  assert len({id(one.block) for one in made}) == 1
+  assert len({id(one.test) for one in made}) == 1
+  assert made[0].block._cache_size() == 1
+  for name in (NAMES[0], NAMES[3]):
+    _assert_same(_left(folder / "map" / name), single(name, cleanse="fp,ft,aw"))
+  text = console.sweep_table(outcome.results)
+  assert all(name in text for name in (*NAMES, "fp+ft", "all"))
+  # Complete, it is not run again.
+  monkeypatch.setattr(experiment, "setup", None)
+  assert sweep.run(sweep.expand(config, SWEEP), quiet=True) == outcome
+
+
+def test_all_at_once_agrees_with_single_runs_to_rounding(folder, single):
+  config = _config(folder, "vmap")
+  outcome = sweep.run(sweep.expand(config, SWEEP), quiet=True, over="vmap")
+  assert list(outcome.results) == NAMES
+  for name in (NAMES[0], NAMES[3]):
+    one, two = _left(folder / "vmap" / name), single(name)
+    assert one["checkpoints"] == two["checkpoints"]
+    for key, array in one["arrays"].items():
+      np.testing.assert_allclose(
+        array, two["arrays"][key], rtol=1e-4, atol=1e-5, err_msg=key
+      )
+    lines = [
+      [json.loads(line) for line in left["metrics"].splitlines()]
+      for left in (one, two)
+    ]
+    assert [line["round"] for line in lines[0]] == [2, 3]
+    for ours, theirs in zip(*lines, strict=True):
+      assert ours.keys() == theirs.keys()
+      np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_the_plan_chooses(folder, monkeypatch, capsys):
+  plan = execution.plan_for()._replace(sweep="vmap")
+  monkeypatch.setitem(execution.PLANS, jax.default_backend(), plan)
+  found = sweep.expand(_config(folder, "plan", rounds=1), "seed=0,1")
+  sweep.run(found)
+  assert "as one program, all at once" in capsys.readouterr().err
+
+
+# --- when memory does not allow ----------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["estimate", "first block", "second block"])
+def test_what_does_not_fit_runs_one_after_another(
+  folder, single, monkeypatch, capsys, moment
+):
+  compile_ = sweep._compile
+  calls = 0
+
+  def compiling(*arguments):
+    program = compile_(*arguments)
+
+    def run(*arguments):
+      nonlocal calls
+      calls += 1
+      if calls == (1 if moment == "first block" else 2):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+      return program(*arguments)
+
+    return run
+
+  if moment == "estimate":
+    monkeypatch.setattr(sweep, "_free_memory", lambda: 1000)
+  else:
+    monkeypatch.setattr(sweep, "_compile", compiling)
+  found = sweep.expand(_config(folder, f"memory {moment}"), SWEEP)
+  outcome = sweep.run(found)
+  said = capsys.readouterr().err
+  assert said.count("the experiments run one after another: ") == 1
+  assert list(outcome.results) == NAMES
+  for name in (NAMES[0], NAMES[3]):
+    _assert_same(_left(Path(found[name].workdir)), single(name))
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(folder, monkeypatch):
+  def failing(*arguments):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(sweep, "_compile", failing)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    sweep.run(sweep.expand(_config(folder, "internal"), "seed=0,1"), quiet=True)
+
+
+def test_clients_of_unequal_size_run_one_after_another(folder, capsys):
+  config = _config(folder, "dirichlet", partition="dirichlet", rounds=1)
+  outcome = sweep.run(sweep.expand(config, "seed=0,1"))
+  assert "unequal numbers of images" in capsys.readouterr().err
+  assert len(outcome.results) == 2
+
+
+# --- interruptions -----------------------------------------------------------
+
+
+class _KilledError(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("moment", [2, 6])
+def test_a_killed_sweep_goes_on_to_the_same_bits(
+  folder, single, monkeypatch, moment
+):
+  """Killed when some have saved their checkpoint and others have not."""
+  found = sweep.expand(_config(folder, f"killed {moment}"), SWEEP)
+  save = workdirs.Workdir.save
+  count = 0
+
+  def dying(self, *arguments, **options):
+    nonlocal count
+    count += 1
+    if count == moment:
+      raise _KilledError
+    return save(self, *arguments, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(workdirs.Workdir, "save", dying)
+    with pytest.raises(_KilledError):
+      sweep.run(found, quiet=True)
+  # One of them may go on alone, too.
+  experiment.run(found[NAMES[0]], quiet=True)
+  outcome = sweep.run(found, quiet=True)
+  assert list(outcome.results) == NAMES
+  for name in (NAMES[0], NAMES[3]):
+    _assert_same(_left(Path(found[name].workdir)), single(name))
+
+
+def test_a_signal_saves_all_and_the_sweep_goes_on(folder, single, monkeypatch):
+  found = sweep.expand(_config(folder, "stopped"), SWEEP)
+  advance = console.Console.advance
+
+  def stopping(self, done, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    advance(self, done, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(console.Console, "advance", stopping)
+    with pytest.raises(errors.InterruptedRunError, match=r"SIGTERM.*stopped"):
+      sweep.run(found, quiet=True)
+  for config in found.values():
+    progress = workdirs.read_progress(
+      workdirs.list_checkpoints(Path(config.workdir))[-1][1]
+    )
+    assert progress.phase == "training" and not progress.complete
+  sweep.run(found, quiet=True)
+  for name in (NAMES[0], NAMES[3]):
+    _assert_same(_left(Path(found[name].workdir)), single(name))
+
+
+def test_one_that_diverges_does_not_stop_the_others(
+  folder, single, monkeypatch
+):
+  compile_ = sweep._compile
+
+  def compiling(*arguments):
+    program = compile_(*arguments)
+
+    def run(states, rows, lengths, common):
+      states, metrics = program(states, rows, lengths, common)
+      bad = metrics.bad_round.at[1].set(states.round[1])
+      return states, metrics.replace(bad_round=bad)
+
+    return run
+
+  monkeypatch.setattr(sweep, "_compile", compiling)
+  found = sweep.expand(_config(folder, "diverged"), SWEEP)
+  outcome = sweep.run(found, quiet=True)
+  assert list(outcome.failed) == [NAMES[1]]
+  assert "not finite in round 1" in str(outcome.failed[NAMES[1]])
+  assert list(outcome.results) == [NAMES[0], *NAMES[2:]]
+  assert not (Path(found[NAMES[1]].workdir) / "results.json").exists()
+  for name in (NAMES[0], NAMES[3]):
+    _assert_same(_left(Path(found[name].workdir)), single(name))
