@@ -94,7 +94,7 @@ _ACCELERATOR = Plan(
 )
 PLANS = {
   "cpu": Plan(
-    forms=layers.Forms(conv="blocks", pooling="reshape"),
+    forms=layers.Forms(conv="winograd", pooling="reshape"),
     client_chunk=1,
     evaluation_batch=50,
     sweep="map",

@@ -25,6 +25,8 @@ Initializer = Callable[..., Array]
 
 CONV_FORMS = ("blocks", "winograd", "slices", "lax")
 POOLING_FORMS = ("reshape", "lax")
+# Winograd's products sum over channels alone: with few, nothing is gained.
+_FEW_CHANNELS = 8
 
 
 class Forms(NamedTuple):
@@ -34,9 +36,10 @@ class Forms(NamedTuple):
     conv: "slices" (shifted slices and one matrix product, in which a
       `vmap` over kernels is a true batch dimension), "blocks" (the same, but
       where a pooling follows, one row of the product yields all four outputs
-      of a pooling window), "winograd" (like "blocks", but from 8 channels on
-      with kernels of size 3 and 5 fewer multiplications, see `winograd`) or
-      "lax" (`lax.conv_general_dilated`).
+      of a pooling window), "winograd" (fewer multiplications, see `winograd`,
+      for kernels of size 3 and 5, 8 channels and 4 x 4 outputs or more; with
+      fewer channels "blocks", with fewer outputs "slices") or "lax"
+      (`lax.conv_general_dilated`).
     pooling: "reshape" (maximum over two split axes) or "lax"
       (`lax.reduce_window`).
   """
@@ -310,28 +313,30 @@ class Conv(nn.Module):
       (self.features,),
     )
     grow = 2 * self.padding - self.size + 1
-    even = not any((side + grow) % 2 for side in images.shape[1:3])
+    sides = [side + grow for side in images.shape[1:3]]
+    even = not any(side % 2 for side in sides)
     by_windows = self.then == "pool" or (self.then == "pool later" and even)
-    if by_windows and self._suits_winograd(shape[2]):
-      out = winograd.convolve_windows(_pad(images, self.padding), kernel)
+    form = self.forms.conv
+    few = shape[2] < _FEW_CHANNELS
+    if (
+      form == "winograd"
+      and self.size in winograd.SIZES
+      and not few
+      and min(sides) >= winograd.TILE
+    ):
+      padded = _pad(images, self.padding)
+      out = winograd.convolve(padded, kernel, by_windows=by_windows)
     elif (
-      by_windows and self.forms.conv in ("blocks", "winograd") and self.size % 2
+      by_windows
+      and self.size % 2
+      and (form == "blocks" or (form == "winograd" and few))
     ):
       out = convolve_windows(images, kernel, padding=self.padding)
     else:
-      out = convolve(images, kernel, padding=self.padding, form=self.forms.conv)
+      out = convolve(images, kernel, padding=self.padding, form=form)
     if self.then == "pool":
       out = max_pool(out, form=self.forms.pooling)
     return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
-
-  @nn.nowrap
-  def _suits_winograd(self, channels: int) -> bool:
-    """Its products sum over channels alone: with few, nothing is gained."""
-    return (
-      self.forms.conv == "winograd"
-      and self.size in winograd.SIZES
-      and channels >= 8
-    )
 
 
 class Dense(nn.Module):

@@ -1,10 +1,11 @@
-"""Winograd's convolution F(4 x 4, size x size) before a 2 x 2 pooling.
+"""Winograd's convolution F(4 x 4, size x size).
 
 A tile of 4 x 4 outputs sees n x n inputs, n = 4 + size - 1. In the basis of
 interpolation at n points, its convolution is one product per position: n²
 instead of 16·size² multiplications (36 for 144 at size 3, 64 for 400 at 5).
 The changes of basis are products of small constant matrices with everything
-else as columns, so all work but the tiles' slices is in matrix products.
+else as columns; that of the inputs is two passes of sums of slices instead,
+which never writes down the overlapping tiles.
 
 References:
   Fast Algorithms for Convolutional Neural Networks (Lavin, Gray).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -31,14 +33,13 @@ _POINTS = (0, 1, -1, 2, -2, _HALF, -_HALF)
 
 @functools.cache
 def bases(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Matrices with conv(d, g) = A ((G g) * (B d)), outputs by windows.
+  """Matrices with conv(d, g) = A ((G g) * (B d)).
 
   Args:
     size: of the kernel, in SIZES.
 
   Returns:
-    A [16, n²], whose rows are (place in the pooling window, window), G
-    [n², size²] and B [n², n²], float32.
+    A [16, n²], G [n², size²] and B1 [n, n], float32; B = B1 ⊗ B1.
   """
   n = TILE + size - 1
   points = [Fraction(p) for p in _POINTS[: n - 1]]
@@ -65,13 +66,10 @@ def bases(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     matrix = np.array(rows, float)
     return np.kron(matrix, matrix)
 
-  half = TILE // 2
-  a = square(outputs).reshape(half, 2, half, 2, -1)
-  a = a.transpose(1, 3, 0, 2, 4).reshape(TILE * TILE, -1)
   return (
-    a.astype(np.float32),
+    square(outputs).astype(np.float32),
     square(kernels).astype(np.float32),
-    square(inputs).astype(np.float32),
+    np.array(inputs, np.float32),
   )
 
 
@@ -110,9 +108,18 @@ products.defvjp(
 )
 
 
+def _combined(coefficients: np.ndarray, slices: list[Array]) -> Array:
+  terms = [
+    part if factor == 1 else float(factor) * part
+    for factor, part in zip(coefficients, slices, strict=True)
+    if factor
+  ]
+  return functools.reduce(operator.add, terms)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def tiles(images: Array, size: int) -> Array:
-  """Overlapping tiles at stride 4, positions first.
+def tiles_in_basis(images: Array, size: int) -> Array:
+  """B times the overlapping tiles at stride 4, positions first.
 
   Args:
     images: [batch, 4·rows + size - 1, 4·columns + size - 1, channels].
@@ -121,24 +128,22 @@ def tiles(images: Array, size: int) -> Array:
   Returns:
     [n², batch, rows, columns, channels], n = 4 + size - 1.
   """
-  batch, height, width, channels = images.shape
+  b = bases(size)[2]
   n = TILE + size - 1
-  return jnp.stack(
-    [
-      lax.slice(
-        images,
-        (0, row, column, 0),
-        (batch, height - n + row + 1, width - n + column + 1, channels),
-        (1, TILE, TILE, 1),
-      )
-      for row in range(n)
-      for column in range(n)
-    ]
-  )
+  _, height, width, _ = images.shape
+  by_row = [images[:, k : height - n + k + 1 : TILE] for k in range(n)]
+  down = jnp.stack([_combined(row, by_row) for row in b])
+  # Or XLA computes the first pass anew for each use in the second.
+  down = lax.optimization_barrier(down)
+  by_column = [down[:, :, :, k : width - n + k + 1 : TILE] for k in range(n)]
+  across = jnp.stack([_combined(row, by_column) for row in b], axis=1)
+  return across.reshape(n * n, *across.shape[2:])
 
 
 def _tiles_backward(size: int, saved: None, cotangent: Array) -> tuple[Array]:
   del saved
+  b = bases(size)[2]
+  cotangent = _along_first(np.ascontiguousarray(np.kron(b, b).T), cotangent)
   # What a tile shares with the next one is the first size - 1 rows of that:
   # four sums of blocks instead of n² scattered slices.
   n = TILE + size - 1
@@ -167,29 +172,79 @@ def _tiles_backward(size: int, saved: None, cotangent: Array) -> tuple[Array]:
   return (total[:, : TILE * rows + size - 1, : TILE * columns + size - 1],)
 
 
-def _tiles_forward(images: Array, size: int) -> tuple[Array, None]:
-  return tiles(images, size), None
+tiles_in_basis.defvjp(
+  lambda images, size: (tiles_in_basis(images, size), None), _tiles_backward
+)
 
 
-tiles.defvjp(_tiles_forward, _tiles_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _joined(tiles: Array, by_windows: bool) -> Array:
+  """[16, batch, rows, columns, features] to the layouts of `convolve`."""
+  half = TILE // 2
+  _, batch, rows, columns, features = tiles.shape
+  height, width = TILE * rows, TILE * columns
+  if not by_windows:
+    return (
+      tiles.reshape(TILE, TILE, batch, rows, columns, features)
+      .transpose(2, 3, 0, 4, 1, 5)
+      .reshape(batch, height, width, features)
+    )
+  return (
+    tiles.reshape(half, 2, half, 2, batch, rows, columns, features)
+    .transpose(4, 5, 0, 6, 2, 1, 3, 7)
+    .reshape(batch, height // 2, width // 2, 4, features)
+  )
 
 
-def convolve_windows(images: Array, kernel: Array) -> Array:
-  """Valid cross-correlation at stride 1, its output by pooling windows.
+def _joined_backward(
+  by_windows: bool, saved: None, cotangent: Array
+) -> tuple[Array]:
+  del saved
+  # Copies of slices, which are fast; in one transposition, XLA's CPU backend
+  # finds the place of every element by divisions.
+  if by_windows:
+    half = TILE // 2
+    slices = [
+      cotangent[:, row // 2 :: half, column // 2 :: half, place]
+      for row in range(TILE)
+      for column in range(TILE)
+      for place in [2 * (row % 2) + column % 2]
+    ]
+  else:
+    slices = [
+      cotangent[:, row::TILE, column::TILE]
+      for row in range(TILE)
+      for column in range(TILE)
+    ]
+  return (jnp.stack(slices),)
+
+
+_joined.defvjp(
+  lambda tiles, by_windows: (_joined(tiles, by_windows), None), _joined_backward
+)
+
+
+def convolve(images: Array, kernel: Array, *, by_windows: bool) -> Array:
+  """Valid cross-correlation at stride 1.
 
   Args:
     images: [batch, height, width, channels].
     kernel: [size, size, channels, features], size in SIZES.
+    by_windows: whether the output is grouped by 2 x 2 pooling windows.
 
   Returns:
-    [batch, height' // 2, width' // 2, 4, features], height' = height - size
-    + 1; odd edges are dropped.
+    [batch, height', width', features], height' = height - size + 1; by
+    windows [batch, height' // 2, width' // 2, 4, features], odd edges
+    dropped.
   """
   size, _, channels, features = kernel.shape
   batch = images.shape[0]
-  height, width = ((side - size + 1) // 2 for side in images.shape[1:3])
-  rows, columns = -(-height // 2), -(-width // 2)
-  # Tiles that reach beyond the images; surplus outputs are dropped below.
+  height, width = (side - size + 1 for side in images.shape[1:3])
+  if by_windows:
+    height, width = height - height % 2, width - width % 2
+  rows, columns = -(-height // TILE), -(-width // TILE)
+  # Tiles that reach beyond the images (surplus outputs are dropped below), or
+  # an edge that no tile needs.
   grow = [
     TILE * count + size - 1 - side
     for count, side in zip((rows, columns), images.shape[1:3], strict=True)
@@ -200,14 +255,13 @@ def convolve_windows(images: Array, kernel: Array) -> Array:
       jnp.zeros((), images.dtype),
       [(0, 0, 0), (0, grow[0], 0), (0, grow[1], 0), (0, 0, 0)],
     )
-  a, g, b = bases(size)
-  inputs = change(b, tiles(images, size)).reshape(b.shape[0], -1, channels)
+  a, g, _ = bases(size)
+  inputs = tiles_in_basis(images, size).reshape(a.shape[1], -1, channels)
   kernels = change(g, kernel.reshape(-1, channels, features))
-  out = change(a, products(inputs, kernels))
-  half = TILE // 2
-  out = (
-    out.reshape(4, half, half, batch, rows, columns, features)
-    .transpose(3, 4, 1, 5, 2, 0, 6)
-    .reshape(batch, half * rows, half * columns, 4, features)
+  tiles = change(a, products(inputs, kernels))
+  out = _joined(
+    tiles.reshape(TILE * TILE, batch, rows, columns, features), by_windows
   )
+  if by_windows:
+    height, width = height // 2, width // 2
   return out[:, :height, :width]

@@ -74,33 +74,39 @@ def test_windows_pool_to_the_same_values_and_gradients(
   )
 
 
-@settings(max_examples=6)
+@settings(max_examples=10)
 @given(
   size=st.sampled_from(winograd.SIZES),
   height=st.integers(7, 13),
   width=st.integers(7, 13),
   channels=st.integers(1, 3),
   features=st.integers(1, 4),
+  by_windows=st.booleans(),
 )
-def test_winograd_gives_the_same_windows_and_gradients(
-  size, height, width, channels, features
+def test_winograd_gives_the_same_values_and_gradients(
+  size, height, width, channels, features, by_windows
 ):
   images = jax.random.normal(KEY, (2, height, width, channels))
   kernel = jax.random.normal(KEY, (size, size, channels, features))
 
-  def value_and_grads(windows):
+  def value_and_grads(convolve):
     def loss(images, kernel):
-      out = windows(images, kernel)
+      out = convolve(images, kernel)
       return jnp.square(out).sum(), out
 
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     return jax.jit(grad)(images, kernel)
 
-  def blocks(images, kernel):
-    return layers.convolve_windows(images, kernel, padding=0)
+  def fast(images, kernel):
+    return winograd.convolve(images, kernel, by_windows=by_windows)
 
-  (value, out), grads = value_and_grads(winograd.convolve_windows)
-  (expected, expected_out), expected_grads = value_and_grads(blocks)
+  def plain(images, kernel):
+    if by_windows:
+      return layers.convolve_windows(images, kernel, padding=0)
+    return layers.convolve(images, kernel, padding=0, form="slices")
+
+  (value, out), grads = value_and_grads(fast)
+  (expected, expected_out), expected_grads = value_and_grads(plain)
   # Its interpolation loses about two of float32's seven digits.
   assert float(value) == pytest.approx(float(expected), rel=1e-3)
   for one, other in zip(
