@@ -1,8 +1,9 @@
-"""What malicious clients do: three pure hooks, identity by default.
+"""What malicious clients do: four pure hooks, identity by default.
 
-On the data before training, on the stacked updates of a round, and on the
-reports that clients send to the defence. An attack never sees a defence's
-inside, and no aggregator or defence imports this module.
+On the data before training, on an attacker's model after each local step, on
+the stacked updates of a round, and on the reports that clients send to the
+defence. An attack never sees a defence's inside, and no aggregator or defence
+imports this module.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ class DataHook(Protocol):
     """Args: the federation and a random key. Returns: the poisoned one."""
 
 
+class LocalHook(Protocol):
+  """Changes an attacker's model after each of its local steps."""
+
+  def __call__(self, params: Params) -> Params:
+    """Args: the local model. Returns: the one that training goes on from."""
+
+
 class UpdateHook(Protocol):
   """Changes the updates that attackers send in a round."""
 
@@ -50,7 +58,12 @@ class ReportHook(Protocol):
   """Changes what attackers report to the defence."""
 
   def __call__(
-    self, values: Array, federation: Federation, *, kind: str
+    self,
+    values: Array,
+    federation: Federation,
+    *,
+    kind: str,
+    triggered: Array | None = None,
   ) -> Array:
     """Changes the attackers' rows.
 
@@ -60,6 +73,8 @@ class ReportHook(Protocol):
         "accuracies" [clients, steps], of the model at each pruning step.
       federation: all clients.
       kind: "activations" or "accuracies".
+      triggered: [clients, neurons], with activations, for an attack that
+        `wants_triggered`: the means over a client's backdoored images alone.
 
     Returns:
       The report as the server receives it.
@@ -76,27 +91,38 @@ def _same_updates(updates: Params, cohort: Federation, active: Array) -> Params:
   return updates
 
 
-def _same_report(values: Array, federation: Federation, *, kind: str) -> Array:
-  del federation, kind
+def _same_report(
+  values: Array,
+  federation: Federation,
+  *,
+  kind: str,
+  triggered: Array | None = None,
+) -> Array:
+  del federation, kind, triggered
   return values
 
 
 class Attack(NamedTuple):
-  """The three hooks.
+  """The four hooks.
 
   Attributes:
     data: see `DataHook`.
     updates: see `UpdateHook`.
     report: see `ReportHook`.
+    local: see `LocalHook`; None changes nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each
       other's updates says False, and gets the whole cohort at once.
+    wants_triggered: whether `report` needs to know what backdoored images
+      activate.
   """
 
   data: DataHook = _same_data
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
+  local: LocalHook | None = None
   rowwise: bool = True
+  wants_triggered: bool = False
 
 
 def chain(*attacks: Attack) -> Attack:
@@ -112,13 +138,31 @@ def chain(*attacks: Attack) -> Attack:
       updates = attack.updates(updates, cohort, active)
     return updates
 
-  def report(values: Array, federation: Federation, *, kind: str) -> Array:
+  def report(
+    values: Array,
+    federation: Federation,
+    *,
+    kind: str,
+    triggered: Array | None = None,
+  ) -> Array:
     for attack in attacks:
-      values = attack.report(values, federation, kind=kind)
+      values = attack.report(values, federation, kind=kind, triggered=triggered)
     return values
 
+  hooks = [attack.local for attack in attacks if attack.local is not None]
+
+  def local(params: Params) -> Params:
+    for hook in hooks:
+      params = hook(params)
+    return params
+
   return Attack(
-    data, updates, report, all(attack.rowwise for attack in attacks)
+    data,
+    updates,
+    report,
+    local if hooks else None,
+    rowwise=all(attack.rowwise for attack in attacks),
+    wants_triggered=any(attack.wants_triggered for attack in attacks),
   )
 
 
@@ -238,7 +282,14 @@ def false_accuracies(*, stop_pruning: bool) -> Attack:
     return manipulated updates").
   """
 
-  def report(values: Array, federation: Federation, *, kind: str) -> Array:
+  def report(
+    values: Array,
+    federation: Federation,
+    *,
+    kind: str,
+    triggered: Array | None = None,
+  ) -> Array:
+    del triggered
     if kind != "accuracies":
       return values
     lie = jnp.ones_like(values)
@@ -249,10 +300,117 @@ def false_accuracies(*, stop_pruning: bool) -> Attack:
   return Attack(report=report)
 
 
+def promoted_neurons() -> Attack:
+  """Attackers rank their backdoor's neurons above all others.
+
+  An attacker reports, in place of a neuron's mean activation, by how much its
+  backdoored images raise it above that mean: the neurons that carry the
+  backdoor become its most active ones, or the last that it votes to prune.
+
+  Returns:
+    An attack on the reported activations.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section VI-B, attack 1.
+  """
+
+  def report(
+    values: Array,
+    federation: Federation,
+    *,
+    kind: str,
+    triggered: Array | None = None,
+  ) -> Array:
+    if kind != "activations" or triggered is None:
+      return values
+    return jnp.where(
+      federation.attacker[:, jnp.newaxis], triggered - values, values
+    )
+
+  return Attack(report=report, wants_triggered=True)
+
+
+def pruning_aware(model: models.Model, pruned: tuple[int, ...]) -> Attack:
+  """Attackers train as if the given neurons were pruned already.
+
+  They hold them at zero in local training, so that the backdoor settles in
+  neurons that will stay, and send no change of them.
+
+  Args:
+    model: the network.
+    pruned: neurons that the defence will prune; the paper grants the attacker
+      this knowledge, which is nearly impossible to have.
+
+  Returns:
+    An attack on local training and on the updates.
+
+  Raises:
+    ValueError: a neuron does not exist, or none would be left.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section VI-B, attack 2; Fine-Pruning (Liu,
+    Dolan-Gavitt, Garg), Section 3.
+  """
+  if any(not 0 <= neuron < model.neurons for neuron in pruned):
+    raise ValueError(f"neurons are numbered from 0 to {model.neurons - 1}")
+  if len(set(pruned)) >= model.neurons:
+    raise ValueError("no neuron would be left")
+  mask = jnp.ones(model.neurons, bool).at[jnp.asarray(pruned, int)].set(False)
+
+  def local(params: Params) -> Params:
+    return models.mask_neurons(model, params, mask)
+
+  def updates(updates: Params, cohort: Federation, active: Array) -> Params:
+    del cohort
+    # On the updates it is "no change" that is zero.
+    kept = jax.vmap(local)(updates)
+    return jax.tree.map(
+      lambda new, old: jnp.where(
+        active.reshape((-1,) + (1,) * (old.ndim - 1)), new, old
+      ),
+      kept,
+      updates,
+    )
+
+  return Attack(updates=updates, local=local)
+
+
+def self_limited(model: models.Model, delta: float) -> Attack:
+  """Attackers keep their own weights from becoming extreme.
+
+  After each local step the target convolution's weights are limited to μ ± Δσ
+  of that kernel, so that the backdoor does not rely on what adjusting extreme
+  weights removes.
+
+  Args:
+    model: the network.
+    delta: Δ, in standard deviations.
+
+  Returns:
+    An attack on local training.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section VI-B, on adjusting extreme values.
+  """
+
+  def local(params: Params) -> Params:
+    kernel = models.target_kernel(model, params)
+    mean, reach = kernel.mean(), delta * kernel.std()
+    return models.with_target_kernel(
+      model, params, jnp.clip(kernel, mean - reach, mean + reach)
+    )
+
+  return Attack(local=local)
+
+
 # What attackers add to the backdoor itself when they report: the values of
 # --attacker_reports.
 REPORTS = {
   "honest": Attack(),
   "stop_pruning": false_accuracies(stop_pruning=True),
   "ruin_model": false_accuracies(stop_pruning=False),
+  "promote": promoted_neurons(),
 }

@@ -37,6 +37,7 @@ def _setting(
   choices: tuple[str, ...] | None = None,
   identity: bool = True,
   structure: bool = True,
+  cleansing: bool = False,
 ) -> Any:
   """A field with its help text and range.
 
@@ -52,6 +53,8 @@ def _setting(
     structure: whether another value makes other programs; False for what
       reaches them as arrays of the same shapes, so that experiments which
       differ in nothing else can share them (`fljax.sweep`).
+    cleansing: whether it matters only once the model is trained, so that
+      experiments which differ in nothing else can share that.
 
   Returns:
     The dataclass field.
@@ -66,6 +69,7 @@ def _setting(
       "choices": choices,
       "identity": identity,
       "structure": structure,
+      "cleansing": cleansing,
     },
   )
 
@@ -109,6 +113,13 @@ class Config:
     " to the folder 'profile' in the workdir, for TensorBoard or"
     " ui.perfetto.dev. It is the first round after the first block.",
     identity=False,
+  )
+  trained_in: str = _setting(
+    "",
+    "Workdir of a run whose settings are the same but for those of cleansing:"
+    " its trained model is taken over, and only cleansing is done.",
+    identity=False,
+    structure=False,
   )
   compilation_cache: str = _setting(
     "default",
@@ -255,9 +266,24 @@ class Config:
   )
   attacker_reports: str = _setting(
     "honest",
-    "What attackers report when clients choose the pruning: the truth, total"
-    " failure to stop it, or perfection to have the model ruined.",
+    "What attackers report: the truth; where clients choose the pruning, total"
+    " failure to stop it, or perfection to have the model ruined; or ranks and"
+    " votes that promote the backdoor's neurons.",
     choices=tuple(attacks.REPORTS),
+    cleansing=True,
+  )
+  attacker_avoids: str = _setting(
+    "",
+    "Neurons, as in 3,17,22, that attackers hold at zero in training because"
+    " they expect them to be pruned (Section VI-B, attack 2).",
+  )
+  attacker_limit: float = _setting(
+    0.0,
+    "Δ to which attackers limit their own weights of the last convolution"
+    " after each local step, in standard deviations, so that none is extreme"
+    " (Section VI-B); 0 does not.",
+    low=0,
+    high=1000,
   )
   attack_images: str = _setting(
     "victim",
@@ -271,11 +297,13 @@ class Config:
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
     " (fine-tuning), aw (adjusting extreme weights). Empty for none.",
+    cleansing=True,
   )
   pruning: str = _setting(
     "mvp",
     "Federated pruning by rank aggregation (rap) or majority voting (mvp).",
     choices=tuple(pruning.SCORES),
+    cleansing=True,
   )
   pruning_rate: float = _setting(
     0.5,
@@ -283,6 +311,7 @@ class Config:
     " hardly any or nearly all, votes tie and say nothing.",
     low=0.01,
     high=0.99,
+    cleansing=True,
   )
   report_trim: float = _setting(
     0.2,
@@ -290,12 +319,14 @@ class Config:
     " the server has no validation images.",
     low=0,
     high=0.49,
+    cleansing=True,
   )
   pruning_drop: float = _setting(
     0.025,
     "Accuracy that pruning may cost, as a fraction.",
     low=0,
     high=1,
+    cleansing=True,
   )
   fine_tune_rounds: int = _setting(10, "Most rounds of fine-tuning.", low=0)
   fine_tune_patience: int = _setting(
@@ -304,27 +335,41 @@ class Config:
     " accuracy, and keeps the last model; 0, or no validation images, runs"
     " all rounds.",
     low=0,
+    cleansing=True,
   )
   fine_tune_gamma: float = _setting(
-    1.0, "Amplification γ that attackers keep up in fine-tuning.", low=1
+    1.0,
+    "Amplification γ that attackers keep up in fine-tuning.",
+    low=1,
+    cleansing=True,
   )
   adjusting_drop: float = _setting(
     0.0075,
     "Accuracy that adjusting extreme weights may cost, as a fraction.",
     low=0,
     high=1,
+    cleansing=True,
   )
   delta_start: float = _setting(
-    6.0, "First threshold Δ, in standard deviations.", above=0, high=1000
+    6.0,
+    "First threshold Δ, in standard deviations.",
+    above=0,
+    high=1000,
+    cleansing=True,
   )
   delta_step: float = _setting(
-    0.25, "ε, by which Δ falls.", low=0.001, high=100
+    0.25,
+    "ε, by which Δ falls.",
+    low=0.001,
+    high=100,
+    cleansing=True,
   )
   weight_statistics: str = _setting(
     "surviving",
     "Whether μ and σ are those of the surviving neurons' weights or of all"
     " weights of the layer, pruned zeros included.",
     choices=weights.STATISTICS,
+    cleansing=True,
   )
 
   # How it is computed; results agree to rounding.
@@ -427,6 +472,18 @@ class Config:
         f"--cleanse={self.cleanse} must name each of {', '.join(PHASES)} at"
         " most once, separated by commas."
       )
+    try:
+      avoided = self.avoided_neurons
+    except ValueError:
+      raise errors.ConfigError(
+        f"--attacker_avoids={self.attacker_avoids} must be numbers of neurons,"
+        " separated by commas."
+      ) from None
+    if any(neuron < 0 for neuron in avoided):
+      raise errors.ConfigError(
+        f"--attacker_avoids={self.attacker_avoids} is out of range: neurons"
+        " are numbered from 0."
+      )
     if self.population == "host" and not self.clients_per_round:
       raise errors.ConfigError(
         "--population=host needs --clients_per_round: without it, every"
@@ -445,6 +502,11 @@ class Config:
       raise errors.ConfigError("--workdir must not be empty.")
 
   @property
+  def avoided_neurons(self) -> tuple[int, ...]:
+    """The neurons of `attacker_avoids`."""
+    return tuple(int(text) for text in self.attacker_avoids.split(",") if text)
+
+  @property
   def phases(self) -> tuple[str, ...]:
     """The phases of cleansing, in order."""
     return tuple(p.strip() for p in self.cleanse.split(",") if p.strip())
@@ -455,6 +517,14 @@ class Config:
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["identity"]
+    }
+
+  def training(self) -> dict[str, Any]:
+    """The settings that make the trained model what it is."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.metadata["identity"] and not field.metadata["cleansing"]
     }
 
   def structure(self) -> dict[str, Any]:

@@ -251,6 +251,7 @@ def _programs(
       else config.pooling,
     ),
   )
+  attack = attacks.chain(attack, *_attacks_on(model, config))
   aggregator = aggregators.AGGREGATORS[config.aggregation]()
   chunk = config.client_chunk
   on_host = config.population == "host"
@@ -263,6 +264,7 @@ def _programs(
       batch_size=config.batch_size,
       last_conv_l2=config.last_conv_l2,
       precision=config.precision,
+      attackers_hook=attack.local,
     ),
     attack=attack,
     aggregator=aggregator,
@@ -276,6 +278,22 @@ def _programs(
     else rounds.make_block(model, run_round)
   )
   return model, aggregator, block
+
+
+def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
+  """The attacks that know the network's neurons."""
+  adaptive = []
+  if config.avoided_neurons:
+    try:
+      adaptive.append(attacks.pruning_aware(model, config.avoided_neurons))
+    except ValueError as error:
+      raise errors.ConfigError(
+        f"--attacker_avoids={config.attacker_avoids} does not fit --model="
+        f"{config.model}: {error}."
+      ) from error
+  if config.attacker_limit:
+    adaptive.append(attacks.self_limited(model, config.attacker_limit))
+  return adaptive
 
 
 def _load(config: Config) -> data.Dataset:
@@ -559,6 +577,10 @@ class Driver:
     """Takes up the newest checkpoint, or begins."""
     self.state = self.experiment.init_state()
     restored = self.workdir.restore(self.state)
+    if restored is None and self.config.trained_in:
+      restored = self.workdir.adopt(
+        self.config.trained_in, self.config.training(), self.state
+      )
     if restored is None:
       return
     loaded, progress = restored
@@ -791,20 +813,26 @@ class Driver:
       report=functools.partial(self._reported, kind="accuracies"),
     )
 
-  def _reported(self, values: Array, *, kind: str) -> Array:
+  def _reported(
+    self, values: Array, *, kind: str, triggered: Array | None = None
+  ) -> Array:
     """Clients' honest reports as the server receives them."""
     attack = self.experiment.attack
 
     @jax.jit
-    def report(values: Array, federation: federations.Federation) -> Array:
+    def report(
+      values: Array,
+      triggered: Array | None,
+      federation: federations.Federation,
+    ) -> Array:
       clients = parallel.without_padding(federation)
-      received = attack.report(values, clients, kind=kind)
+      received = attack.report(values, clients, kind=kind, triggered=triggered)
       return parallel.everywhere(received, federation.mesh)
 
     clients = self.experiment.federation
     if isinstance(clients, populations.Population):
       clients = parallel.replicate(clients.clients, clients.mesh)
-    return report(values, clients)
+    return report(values, triggered, clients)
 
   def _shown(self) -> dict[str, evaluate.Examples]:
     shown = {"test_accuracy": self.experiment.test}
@@ -819,11 +847,17 @@ class Driver:
       self.config,
       self.experiment.model,
     )
-    means = populations.ask_clients(
-      functools.partial(reports.client_activations, model, state.params),
-      experiment.federation,
+    activations = functools.partial(
+      reports.client_activations, model, state.params
     )
-    means = self._reported(means, kind="activations")
+    means = populations.ask_clients(activations, experiment.federation)
+    triggered = None
+    if experiment.attack.wants_triggered:
+      triggered = populations.ask_clients(
+        lambda clients: activations(federations.poisoned_only(clients)),
+        experiment.federation,
+      )
+    means = self._reported(means, kind="activations", triggered=triggered)
     pruned = pipeline.prune(
       model,
       state.params,

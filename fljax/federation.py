@@ -136,3 +136,8 @@ def training_mask(federation: Federation, active: Array) -> Array:
     The mask.
   """
   return federation.mask & (~federation.poisoned | active[..., jnp.newaxis])
+
+
+def poisoned_only(federation: Federation) -> Federation:
+  """The same clients with none but their backdoored samples."""
+  return federation.replace(mask=federation.mask & federation.poisoned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 from typing import Any
 from typing import Protocol
 
@@ -90,6 +92,7 @@ def sgd_training(
   batch_size: int,
   last_conv_l2: float = 0.0,
   precision: str = "default",
+  attackers_hook: Callable[[Params], Params] | None = None,
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
 
@@ -106,6 +109,7 @@ def sgd_training(
       kernel (Section VI-A).
     precision: of matrix products and convolutions, forward and backward: one
       of `execution.PRECISIONS`.
+    attackers_hook: applied to an active attacker's model after each step.
 
   Returns:
     The training function.
@@ -146,9 +150,12 @@ def sgd_training(
         params, images, client.labels[indices], mask
       )
       updates, new_state = optimizer.update(grads, opt_state, params)
-      new = models.mask_neurons(
-        model, optax.apply_updates(params, updates), neuron_mask
-      )
+      new = optax.apply_updates(params, updates)
+      if attackers_hook is not None:
+        new = jax.tree.map(
+          functools.partial(jnp.where, active), attackers_hook(new), new
+        )
+      new = models.mask_neurons(model, new, neuron_mask)
       count = mask.sum().astype(jnp.float32)
       carry = jax.tree.map(
         lambda new, old: jnp.where(count > 0, new, old),

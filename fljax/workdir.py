@@ -119,15 +119,9 @@ class Workdir:
       if DATA_SHA256 not in identity:
         there.pop(DATA_SHA256, None)
       if there != identity:
-        differences = ", ".join(
-          f"{key}: {there.get(key, 'unset')} there,"
-          f" {identity.get(key, 'unset')} here"
-          for key in sorted({*there, *identity})
-          if there.get(key) != identity.get(key)
-        )
         raise errors.WorkdirError(
-          f"{self.path} holds a run of another config ({differences});"
-          " choose another --workdir."
+          f"{self.path} holds a run of another config"
+          f" ({_differences(there, identity)}); choose another --workdir."
         )
       return
     strangers = [name for name in _OWN if (self.path / name).exists()]
@@ -252,23 +246,11 @@ class Workdir:
   def _rewind_metrics(self, lines: int, sha256: str) -> None:
     """Forgets lines that were written after the checkpoint."""
     path = self.path / METRICS
-    try:
-      text = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-      raise errors.WorkdirError(
-        f"{path} cannot be read ({error}); nothing was overwritten."
-      ) from error
-    kept = b"".join(text.splitlines(keepends=True)[:lines])
-    digest = hashlib.sha256(kept)
-    if digest.hexdigest() != sha256:
-      raise errors.WorkdirError(
-        f"{path} is damaged: it does not begin with the {lines} lines that"
-        " the checkpoint knows; nothing was overwritten."
-      )
-    if kept != text:
+    kept = _first_lines(path, lines, sha256)
+    if path.exists() and path.stat().st_size != len(kept):
       with self.writing(path):
         _replace(path, kept)
-    self._lines, self._digest = lines, digest
+    self._lines, self._digest = lines, hashlib.sha256(kept)
 
   # --- checkpoints -----------------------------------------------------------
 
@@ -338,6 +320,61 @@ class Workdir:
         return state, newest
     raise errors.CheckpointError(f"{self.path} holds side results only.")
 
+  def adopt(
+    self, other: str, training: dict[str, Any], like: Any
+  ) -> tuple[Any, Progress]:
+    """Takes over the trained model of another run, and its training's record.
+
+    Args:
+      other: that run's folder; nothing is written there.
+      training: the settings that the two must have in common.
+      like: as in `restore`.
+
+    Returns:
+      The state and its progress, as `restore` gives them from now on.
+
+    Raises:
+      errors.WorkdirError: there is no such run, its settings or its data are
+        others, or its training has not ended.
+      errors.CheckpointError: its checkpoint is damaged.
+    """
+    source = Path(other).expanduser()
+    if not (source / CONFIG).exists():
+      raise errors.WorkdirError(f"--trained_in={other} holds no run.")
+    wanted = json.loads(json.dumps(training))
+    wanted[DATA_SHA256] = self._read_json(self.path / CONFIG)[DATA_SHA256]
+    there = self._read_json(source / CONFIG)
+    if differences := _differences(
+      {key: there[key] for key in wanted if key in there}, wanted
+    ):
+      raise errors.WorkdirError(
+        f"--trained_in={other} holds a model that was trained otherwise"
+        f" ({differences})."
+      )
+    for _, path in list_checkpoints(source):
+      progress = read_progress(path)
+      if progress.complete and len(progress.phases) == 1:
+        break
+    else:
+      raise errors.WorkdirError(
+        f"the run in --trained_in={other} has not ended its training."
+      )
+    state = read_checkpoint(path, like)
+    lines = _first_lines(
+      source / METRICS, progress.metrics_lines, progress.metrics_sha256
+    )
+    with self.writing(self.path / METRICS):
+      _replace(self.path / METRICS, lines)
+    self._lines, self._digest = progress.metrics_lines, hashlib.sha256(lines)
+    self.save(
+      state,
+      **{
+        name: getattr(progress, name)
+        for name in ("phase", "complete", "side", "phases", "seconds")
+      },
+    )
+    return state, progress
+
   def _checkpoints(self, partial: bool = False) -> list[tuple[int, Path]]:
     return list_checkpoints(self.path, partial=partial)
 
@@ -396,17 +433,33 @@ class Shared:
 
   def restore(self, like: Any) -> tuple[Any, Progress] | None:
     """See `Workdir.restore`."""
+    return self._from_first(like, lambda: self._own.restore(like))
+
+  def adopt(
+    self, other: str, training: dict[str, Any], like: Any
+  ) -> tuple[Any, Progress]:
+    """See `Workdir.adopt`."""
+    found = self._from_first(
+      like, lambda: self._own.adopt(other, training, like)
+    )
+    assert found is not None
+    return found
+
+  def _from_first(
+    self, like: Any, read: Callable[[], tuple[Any, Progress] | None]
+  ) -> tuple[Any, Progress] | None:
+    """What process 0 reads, in all of them."""
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
 
-    def read() -> dict[str, Any] | None:
+    def read_here() -> dict[str, Any] | None:
       nonlocal state
-      found = self._own.restore(like)
+      found = read()
       if found is None:
         return None
       state, progress = found
       return dataclasses.asdict(progress)
 
-    progress = parallel.on_first(read)
+    progress = parallel.on_first(read_here)
     if progress is None:
       return None
     return parallel.from_first(state), Progress(**progress)
@@ -429,6 +482,36 @@ def list_checkpoints(
     elif not whole and partial:
       found.append((0, path))
   return sorted(found)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+  """Settings that are not alike, in words; empty if all are."""
+  return ", ".join(
+    f"{key}: {there.get(key, 'unset')} there, {here.get(key, 'unset')} here"
+    for key in sorted({*there, *here})
+    if there.get(key) != here.get(key)
+  )
+
+
+def _first_lines(path: Path, lines: int, sha256: str) -> bytes:
+  """The lines of metrics.jsonl that a checkpoint knows.
+
+  Raises:
+    errors.WorkdirError: it does not begin with them.
+  """
+  try:
+    text = path.read_bytes() if path.exists() else b""
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"{path} cannot be read ({error}); nothing was overwritten."
+    ) from error
+  kept = b"".join(text.splitlines(keepends=True)[:lines])
+  if hashlib.sha256(kept).hexdigest() != sha256:
+    raise errors.WorkdirError(
+      f"{path} is damaged: it does not begin with the {lines} lines that"
+      " the checkpoint knows; nothing was overwritten."
+    )
+  return kept
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -2,6 +2,8 @@ import chex
 from conftest import TARGET
 from conftest import VICTIM
 from conftest import make_federation
+from conftest import make_state
+from conftest import make_training
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from fljax import attacks
 from fljax import federation as federations
+from fljax import models
 
 
 def make_backdoor(fraction):
@@ -132,6 +135,7 @@ def test_only_attackers_lie_and_only_about_accuracy(name):
   )
   lies = {
     "honest": honest[:2],
+    "promote": honest[:2],
     "stop_pruning": jnp.asarray([[1.0, 0, 0, 0, 0]] * 2),
     "ruin_model": jnp.ones((2, 5)),
   }
@@ -142,14 +146,90 @@ def test_a_chain_applies_hooks_in_order():
   def adding(value):
     return attacks.Attack(
       updates=lambda u, c, a: {"w": u["w"] * 2 + value},
-      report=lambda v, f, *, kind: v + value,
+      report=lambda v, f, *, kind, triggered: v + value,
+      local=lambda params: {"w": params["w"] * 2 + value},
     )
 
   chained = attacks.chain(adding(1.0), adding(10.0))
   federation, _ = make_federation()
   updates = chained.updates({"w": jnp.ones(1)}, federation, federation.attacker)
   assert float(updates["w"][0]) == (1 * 2 + 1) * 2 + 10
+  assert float(chained.local({"w": jnp.ones(())})["w"]) == 16
+  assert attacks.chain(attacks.Attack()).local is None
   assert float(chained.report(jnp.zeros(()), federation, kind="")) == 11
   chex.assert_trees_all_equal(
     attacks.chain().data(federation, jax.random.key(0)), federation
   )
+
+
+# --- attacks that know the defence -------------------------------------------
+
+
+def test_promoted_neurons_are_those_that_the_trigger_raises():
+  federation, _ = make_federation(attackers=1)
+  honest = jnp.asarray([[0.5, 3.0, 0.0]] * 4)
+  triggered = jnp.asarray([[2.5, 3.5, 0.0]] * 4)
+  attack = attacks.promoted_neurons()
+  assert attack.wants_triggered
+  sent = attack.report(
+    honest, federation, kind="activations", triggered=triggered
+  )
+  chex.assert_trees_all_equal(sent[1:], honest[1:])
+  assert np.argsort(-sent[0]).tolist() == [0, 1, 2]
+
+
+def test_a_pruning_aware_attacker_uses_no_neuron_that_will_go(model):
+  gone = (0, model.neurons - 1)
+  attack = attacks.pruning_aware(model, gone)
+  federation, _ = make_federation(attackers=1, gamma=3.0)
+  training = jax.jit(make_training(model, attackers_hook=attack.local))
+  state = make_state(model)
+  stay = jnp.ones(model.neurons, bool)
+
+  def trained(client, active):
+    after, _ = training(
+      state.params,
+      federations.select(federation, client),
+      stay,
+      jnp.asarray(active),
+      jax.random.key(0),
+    )
+    return models.target_kernel(model, after)[..., jnp.asarray(gone)]
+
+  assert not trained(0, True).any()
+  # Before it attacks, and for the others, nothing is held.
+  assert trained(0, False).all() and trained(1, False).all()
+
+  updates = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), state.params)
+  sent = attack.updates(updates, federation, federation.attacker)
+  kernels = jax.vmap(lambda tree: models.target_kernel(model, tree))(sent)
+  assert not kernels[0][..., jnp.asarray(gone)].any()
+  chex.assert_trees_all_equal(
+    *(jax.tree.map(lambda leaf: leaf[1:], tree) for tree in (sent, updates))
+  )
+  inside = jnp.asarray([n for n in range(model.neurons) if n not in gone])
+  np.testing.assert_array_equal(
+    kernels[0][..., inside],
+    models.target_kernel(model, state.params)[..., inside],
+  )
+
+
+@pytest.mark.parametrize("pruned", [(-1,), (1000,)])
+def test_neurons_to_avoid_must_exist(model, pruned):
+  with pytest.raises(ValueError, match="numbered"):
+    attacks.pruning_aware(model, pruned)
+  with pytest.raises(ValueError, match="left"):
+    attacks.pruning_aware(model, tuple(range(model.neurons)))
+
+
+@given(delta=st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_self_limited_attacker_has_no_extreme_weight(model, delta):
+  state = make_state(model)
+  before = models.target_kernel(model, state.params)
+  after = models.target_kernel(
+    model, attacks.self_limited(model, delta).local(state.params)
+  )
+  mean, reach = before.mean(), delta * before.std()
+  assert float(jnp.abs(after - mean).max()) <= float(reach) * (1 + 1e-6)
+  inside = jnp.abs(before - mean) <= reach
+  np.testing.assert_array_equal(after[inside], before[inside])

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +170,8 @@ def test_the_same_config_gives_the_same_bits(config):
     {"validation_size": 0, "attacker_reports": "stop_pruning"},
     {"pruning": "rap", "weight_statistics": "all", "delta_start": 10.0},
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
+    {"attacker_reports": "promote", "attacker_limit": 2.0},
+    {"attacker_avoids": "0,3", "num_attackers": 2},
     {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},
   ],
   ids=lambda changes: ",".join(changes),
@@ -185,6 +189,42 @@ def test_a_complete_run_is_not_run_again(config, monkeypatch):
   first = experiment.run(config, quiet=True)
   monkeypatch.setattr(experiment, "setup", None)
   assert experiment.run(config, quiet=True) == first
+
+
+def test_a_trained_model_is_taken_over(config):
+  experiment.run(config, quiet=True)
+  again = _with(config, workdir=config.workdir + "2", trained_in=config.workdir)
+  results = experiment.run(again, quiet=True)
+  assert results["phases"][0] == _results(config)["phases"][0]
+  _assert_same(_final(config), _final(again))
+  other = _with(
+    again, workdir=config.workdir + "3", pruning="rap", cleanse="fp"
+  )
+  assert len(experiment.run(other, quiet=True)["phases"]) == 2
+
+
+def _results(config):
+  return json.loads((Path(config.workdir) / "results.json").read_text())
+
+
+def test_a_trained_model_of_something_else_is_refused(config, tmp_path):
+  trained = _with(config, rounds=2, cleanse="")
+  experiment.run(trained, quiet=True)
+  taking = _with(
+    config,
+    rounds=2,
+    workdir=str(tmp_path / "taking"),
+    trained_in=config.workdir,
+  )
+  with pytest.raises(errors.WorkdirError, match="seed: 0 there, 1 here"):
+    experiment.run(_with(taking, seed=1), quiet=True)
+  taking = _with(taking, workdir=str(tmp_path / "taking2"))
+  with pytest.raises(errors.WorkdirError, match="holds no run"):
+    experiment.run(_with(taking, trained_in=str(tmp_path)), quiet=True)
+  for checkpoint in (Path(config.workdir) / "checkpoints").iterdir():
+    shutil.rmtree(checkpoint)
+  with pytest.raises(errors.WorkdirError, match="not ended its training"):
+    experiment.run(taking, quiet=True)
 
 
 # --- interruptions -----------------------------------------------------------
@@ -329,6 +369,7 @@ def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
     ({"model": "mnist_large"}, "too small"),
     ({"dataset": "missing.npz"}, "does not exist"),
     ({"poison_fraction": 0.001}, "attacker 0 has no image"),
+    ({"attacker_avoids": "8"}, "attacker_avoids=8 does not fit --model=tiny"),
   ],
 )
 def test_what_does_not_fit_the_data_is_refused(config, changes, message):
