@@ -54,7 +54,8 @@ def _setting(
       reaches them as arrays of the same shapes, so that experiments which
       differ in nothing else can share them (`fljax.sweep`).
     cleansing: whether it matters only once the model is trained, so that
-      experiments which differ in nothing else can share that.
+      experiments which differ in nothing else can share the model, and the
+      programs that train it.
 
   Returns:
     The dataclass field.
@@ -68,7 +69,7 @@ def _setting(
       "above": above,
       "choices": choices,
       "identity": identity,
-      "structure": structure,
+      "structure": structure and not cleansing,
       "cleansing": cleansing,
     },
   )

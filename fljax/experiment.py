@@ -382,11 +382,33 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
       return results
     console.say(consoles.header(config))
     with Stop.on_signals() as stop:
-      experiment = setup(config)
-      workdir.claim(data.digest(experiment.dataset))
-      driver = Driver(experiment, workdir, console, stop)
-      driver.restore()
-      return driver.finish()
+      return drive(setup(config), workdir, console, stop)
+
+
+def drive(
+  experiment: Experiment,
+  workdir: workdirs.Workdir | workdirs.Shared,
+  console: consoles.Console,
+  stop: Stop,
+) -> dict[str, Any]:
+  """Runs what is not done yet of an experiment, in its folder.
+
+  Args:
+    experiment: from `setup`.
+    workdir: its folder, opened under its identity.
+    console: where it is told.
+    stop: from `Stop.on_signals`.
+
+  Returns:
+    The contents of results.json.
+
+  Raises:
+    errors.FljaxError: with one sentence for the user.
+  """
+  workdir.claim(data.digest(experiment.dataset))
+  driver = Driver(experiment, workdir, console, stop)
+  driver.restore()
+  return driver.finish()
 
 
 def write_report(

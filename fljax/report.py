@@ -161,7 +161,7 @@ def trigger_figure(
   return figure
 
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 60rem; padding: 0 1rem; color: #222; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -215,7 +215,7 @@ def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
   return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fljax: {html.escape(title)}</title><style>{_STYLE}</style></head>
+<title>fljax: {html.escape(title)}</title><style>{STYLE}</style></head>
 <body><h1>{html.escape(title)}</h1>
 <p>Seed {results["seed"]}. TA is the accuracy on the whole test split; AA the
 share of stamped test images of {

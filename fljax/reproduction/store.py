@@ -1,0 +1,154 @@
+"""Runs experiments once and keeps them under their settings' hash.
+
+Under the store's folder, `trained/<hash>` holds a training alone and
+`runs/<hash>` a whole experiment, which takes its trained model over. Both are
+workdirs like any other: `config.json` tells what they are, and whatever was
+interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fljax import console as consoles
+from fljax import errors
+from fljax import experiment as experiments
+from fljax import workdir as workdirs
+from fljax.config import Config
+from fljax.reproduction.plan import Cell
+from fljax.reproduction.plan import Record
+
+FAILED = "failed.txt"
+
+
+def digest(settings: dict[str, Any]) -> str:
+  """Twelve hexadecimal digits that stand for settings."""
+  text = json.dumps(settings, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Store:
+  """A folder of experiments."""
+
+  def __init__(self, path: str, stop: experiments.Stop):
+    """Opens the folder; nothing is written yet.
+
+    Args:
+      path: the folder.
+      stop: ends a run at its next checkpoint.
+    """
+    self.path = Path(path).expanduser()
+    self._stop = stop
+    # The last experiment of each structure: its programs are compiled.
+    self._like: dict[str, experiments.Experiment] = {}
+
+  # --- where ----------------------------------------------------------------
+
+  def settings(self, cell: Cell, seed: int) -> Config | None:
+    """What is run for a cell; None if what it builds on is not known yet."""
+    config = dataclasses.replace(cell.config, seed=seed)
+    if cell.after is not None:
+      before = self.record(cell.after, seed)
+      if before is None:
+        return None
+      assert cell.adapt is not None
+      config = cell.adapt(config, before)
+    return self._placed(config)
+
+  def _placed(self, config: Config) -> Config:
+    folder = self.path / "runs" / digest(config.identity())
+    return dataclasses.replace(
+      config,
+      workdir=str(folder),
+      trained_in=self._training(config).workdir,
+      figures=False,
+    )
+
+  def _training(self, config: Config) -> Config:
+    """The training that an experiment takes its model from."""
+    defaults: dict[str, Any] = {
+      field.name: field.default
+      for field in dataclasses.fields(Config)
+      if field.metadata["cleansing"]
+    }
+    alone = dataclasses.replace(config, **{**defaults, "cleanse": ""})
+    folder = self.path / "trained" / digest(config.training())
+    return dataclasses.replace(
+      alone, workdir=str(folder), trained_in="", figures=False
+    )
+
+  # --- what -----------------------------------------------------------------
+
+  def record(self, cell: Cell, seed: int) -> Record | None:
+    """The record of a finished experiment, or None.
+
+    Raises:
+      errors.WorkdirError: its folder is damaged.
+    """
+    config = self.settings(cell, seed)
+    if config is None:
+      return None
+    folder = Path(config.workdir)
+    if not (folder / workdirs.RESULTS).exists():
+      return None
+    try:
+      results = json.loads((folder / workdirs.RESULTS).read_text("utf-8"))
+      lines = (folder / workdirs.METRICS).read_text("utf-8").splitlines()
+      return Record(results, [json.loads(line) for line in lines])
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(
+        f"{folder} is damaged ({error}); delete it to have it made again."
+      ) from error
+
+  def failure(self, cell: Cell, seed: int) -> str | None:
+    """Why an experiment has no result and will have none; or None."""
+    config = self.settings(cell, seed)
+    while config is not None:
+      path = Path(config.workdir) / FAILED
+      if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+      config = self._training(config) if config.trained_in else None
+    if cell.after is not None:
+      return self.failure(cell.after, seed)
+    return None
+
+  def run(self, cell: Cell, seed: int) -> None:
+    """Runs an experiment, and first what it builds on, unless that is done.
+
+    An experiment that diverges leaves its reason instead of results.
+
+    Raises:
+      errors.FljaxError: for any other reason.
+    """
+    if cell.after is not None:
+      self.run(cell.after, seed)
+    config = self.settings(cell, seed)
+    if config is None:
+      return
+    if self._run(self._training(config)):
+      self._run(config)
+
+  def _run(self, config: Config) -> bool:
+    """Returns whether the experiment has results."""
+    failed = Path(config.workdir) / FAILED
+    if failed.exists():
+      return False
+    with workdirs.Workdir(config.workdir, config.identity()) as workdir:
+      if workdir.results() is not None:
+        return True
+      key = digest(config.structure())
+      experiment = experiments.setup(config, like=self._like.get(key))
+      self._like[key] = experiment
+      try:
+        experiments.drive(
+          experiment, workdir, consoles.Console(quiet=True), self._stop
+        )
+      except errors.DivergedError as error:
+        with workdir.writing(failed):
+          failed.write_text(f"{error}\n", encoding="utf-8")
+        return False
+    return True

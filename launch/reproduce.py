@@ -1,0 +1,265 @@
+"""Regenerates the paper's tables and figures.
+
+  python launch/reproduce.py --table=1
+  python launch/reproduce.py --figure=5,6 --seeds=0,1,2
+  python launch/reproduce.py --discussion=1
+  python launch/reproduce.py --all
+
+Every cell is an experiment with a config and a seed. What was trained is kept
+in --workdir under its settings' hash and used by every table and figure that
+needs it; the same command goes on where it was interrupted. Tables (Markdown,
+CSV, JSON), figures (PNG, SVG) and index.html, one page over everything that was
+ever made there, are written to --out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+import shlex
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import tqdm
+
+from fljax import config as configs
+from fljax import errors
+from fljax import experiment
+from fljax.reproduction import plan
+from fljax.reproduction import store as stores
+
+_LAUNCH = Path(__file__).resolve().parent
+_FLAGFILES = {
+  "mnist": "mnist.flags",
+  "fashion_mnist": "fashion_mnist.flags",
+  "cifar10": "cifar10_dba.flags",
+}
+
+
+def _numbers(known: Sequence[int]) -> str:
+  return ", ".join(map(str, known))
+
+
+_TABLE = flags.DEFINE_list(
+  "table", [], f"Tables to make: some of {_numbers([*plan.TABLES])}."
+)
+_FIGURE = flags.DEFINE_list(
+  "figure", [], f"Figures to make: some of {_numbers([*plan.FIGURES])}."
+)
+_DISCUSSION = flags.DEFINE_list(
+  "discussion",
+  [],
+  f"Attacks of Section VI-B: some of {_numbers([*plan.DISCUSSION])}.",
+)
+_ALL = flags.DEFINE_boolean("all", False, "Make everything.")
+_SEEDS = flags.DEFINE_list(
+  "seeds", ["0"], "Seeds; all cells of the first one are run first."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "runs/paper", "Folder in which experiments are kept."
+)
+_OUT = flags.DEFINE_string(
+  "out", "", "Folder for tables and figures; empty: 'results' in --workdir."
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", "", "As in launch/main.py, for what is not bundled."
+)
+_RUN = flags.DEFINE_boolean(
+  "run", True, "With --norun, only draw what has results already."
+)
+_OVERRIDE = flags.DEFINE_multi_string(
+  "override",
+  [],
+  "A setting of launch/main.py that replaces the flagfiles', as in"
+  " rounds=2; for trying things out.",
+)
+
+
+def bases(overrides: Sequence[str], data_dir: str) -> plan.Bases:
+  """The settings of each data set, from its flagfile."""
+  found = {}
+  for name, file in _FLAGFILES.items():
+    values = flags.FlagValues()
+    configs.define_flags(values)
+    arguments = ["reproduce", f"--flagfile={_LAUNCH / file}"]
+    if data_dir and name != "mnist":
+      arguments.append(f"--data_dir={data_dir}")
+    try:
+      values(arguments + [f"--{text}" for text in overrides])
+    except flags.Error as error:
+      raise errors.ConfigError(f"--override: {error}") from error
+    found[name] = dataclasses.replace(
+      configs.from_flags(values), compilation_cache="default"
+    )
+  return found
+
+
+def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
+  """What was asked for, by flag and number."""
+  found: dict[str, plan.Table | plan.Figure] = {}
+  for flag, known in (
+    (_TABLE, plan.TABLES),
+    (_FIGURE, plan.FIGURES),
+    (_DISCUSSION, plan.DISCUSSION),
+  ):
+    wanted = list(map(str, known)) if _ALL.value else flag.value
+    for text in wanted:
+      if not text.isdigit() or int(text) not in known:
+        raise errors.ConfigError(
+          f"--{flag.name}={text}: there is no such {flag.name} here; choose"
+          f" some of {_numbers([*known])}."
+        )
+      found[f"--{flag.name}={text}"] = known[int(text)](base)
+  if not found:
+    raise errors.ConfigError(
+      "nothing to make: give --table, --figure, --discussion or --all."
+    )
+  return found
+
+
+def cells_of(
+  artefact: plan.Table | plan.Figure,
+) -> dict[tuple[str, str], plan.Cell]:
+  """Its experiments, by row (or curve) and variant."""
+  if isinstance(artefact, plan.Table):
+    return {
+      (row.label, variant): cell
+      for row in artefact.rows
+      for variant, cell in row.cells.items()
+    }
+  if artefact.kind == "triggers":
+    return {}
+  return {(label, ""): cell for label, cell in artefact.cells.items()}
+
+
+def run(
+  artefacts: dict[str, plan.Table | plan.Figure],
+  seeds: Sequence[int],
+  store: stores.Store,
+) -> None:
+  """Runs what has no result yet; a missing data set leaves its cells out."""
+  work = [
+    (command, label, cell, seed)
+    for seed in seeds
+    for command, artefact in artefacts.items()
+    for (label, _), cell in cells_of(artefact).items()
+  ]
+  missing: dict[str, str] = {}
+  open_cells = [item for item in work if store.record(item[2], item[3]) is None]
+  print(
+    f"{len(work) - len(open_cells)} of {len(work)} cells are complete in"
+    f" {store.path}",
+    file=sys.stderr,
+  )
+  bar = tqdm.tqdm(open_cells, unit="cell", dynamic_ncols=True, file=sys.stderr)
+  for command, label, cell, seed in bar:
+    bar.set_description(f"{command} {label}, seed {seed}")
+    if cell.config.dataset in missing:
+      continue
+    try:
+      store.run(cell, seed)
+    except errors.ConfigError as error:
+      # Of a cell whose settings another one's result made, as in attack 2.
+      if cell.after is None:
+        raise
+      bar.write(f"{command} {label}: {error}", file=sys.stderr)
+    except errors.DataError as error:
+      missing[cell.config.dataset] = str(error)
+      bar.write(
+        f"{command}: left out, {cell.config.dataset} cannot be had: {error}",
+        file=sys.stderr,
+      )
+
+
+def write(
+  artefacts: dict[str, plan.Table | plan.Figure],
+  seeds: tuple[int, ...],
+  store: stores.Store,
+  out: Path,
+) -> None:
+  """Draws everything that was asked for, and the page."""
+  # matplotlib is slow to import.
+  from fljax.reproduction import render
+
+  out.mkdir(parents=True, exist_ok=True)
+  sections_folder = out / ".sections"
+  sections_folder.mkdir(exist_ok=True)
+  for command, artefact in artefacts.items():
+    records, failures = {}, {}
+    for (label, variant), cell in cells_of(artefact).items():
+      for seed in seeds:
+        record = store.record(cell, seed)
+        if record is not None:
+          records[label, variant, seed] = record
+        elif reason := store.failure(cell, seed):
+          failures[label, variant, seed] = reason
+    whole = (
+      f"python launch/reproduce.py {command}"
+      f" --seeds={','.join(map(str, seeds))}"
+    )
+    whole += "".join(
+      f" --override={shlex.quote(text)}" for text in _OVERRIDE.value
+    )
+    if isinstance(artefact, plan.Table):
+      made = render.table(artefact, records, failures, seeds, whole)
+    else:
+      try:
+        made = render.figure(artefact, records, failures, seeds, whole)
+      except errors.DataError as error:
+        print(f"{artefact.name}: no result, {error}", file=sys.stderr)
+        continue
+    for name, content in made.files.items():
+      (out / name).write_bytes(content)
+    (sections_folder / f"{artefact.name}.html").write_text(
+      made.section, encoding="utf-8"
+    )
+    print(f"{artefact.title}: {made.summary or 'drawn'}")
+  page = {}
+  for maker in (plan.TABLES, plan.FIGURES, plan.DISCUSSION):
+    for make in maker.values():
+      artefact = make(bases((), ""))
+      path = sections_folder / f"{artefact.name}.html"
+      page[artefact.title] = (
+        path.read_text(encoding="utf-8")
+        if path.exists()
+        else "<p>No result yet.</p>"
+      )
+  (out / "index.html").write_text(render.page(page), encoding="utf-8")
+  print(f"tables, figures and index.html are in {out}")
+
+
+def main(arguments: Sequence[str]) -> int:
+  if len(arguments) > 1:
+    print(f"fljax: unexpected argument {arguments[1]!r}.", file=sys.stderr)
+    return 2
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if not all(text.isdigit() for text in _SEEDS.value) or not _SEEDS.value:
+      raise errors.ConfigError(
+        f"--seeds={','.join(_SEEDS.value)} must be numbers."
+      )
+    seeds = tuple(dict.fromkeys(map(int, _SEEDS.value)))
+    base = bases(_OVERRIDE.value, _DATA_DIR.value)
+    artefacts = chosen(base)
+    experiment.use_devices(base["mnist"])
+    experiment.use_compilation_cache(base["mnist"])
+    out = Path(_OUT.value or Path(_WORKDIR.value) / "results").expanduser()
+    with experiment.Stop.on_signals() as stop:
+      store = stores.Store(_WORKDIR.value, stop)
+      if _RUN.value:
+        run(artefacts, seeds, store)
+      write(artefacts, seeds, store, out)
+  except errors.FljaxError as error:
+    print(f"fljax: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f"fljax: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main)
