@@ -1,0 +1,151 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from fljax import config as configs
+from fljax.reproduction import plan
+from fljax.reproduction import render
+
+BASES = {"mnist": configs.Config()}
+
+
+def make_record(training=(0.98, 1.0), seed=0, **phases):
+  named = {"training": training, **phases}
+  return plan.Record(
+    {
+      "config": {"seed": seed, "dataset": "mnist"},
+      "environment": {"jax": "1"},
+      "phases": [
+        {"name": name.replace("_", "+"), plan.TA: ta, plan.AA: aa, "seconds": 2}
+        for name, (ta, aa) in named.items()
+      ],
+    },
+    [
+      {"phase": "training", "round": r, plan.TA: 0.1 * r, plan.AA: 0.5}
+      for r in (1, 2, 3)
+    ],
+  )
+
+
+def make_table(shown=2):
+  table = plan.table_1(BASES)
+  return table._replace(rows=table.rows[:shown])
+
+
+def rendered(records, failures=None, seeds=(0, 1), table=None):
+  return render.table(
+    table or make_table(), records, failures or {}, seeds, "the command"
+  )
+
+
+def test_values_stand_where_they_belong():
+  record = make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1))
+  records = {("9 → 1", "main", 1): record}
+  values = render.values_of(make_table(), records, (0, 1))
+  assert values.shape == (2, 2, 6)
+  np.testing.assert_allclose(values[1, 1], [98, 100, 90, 20, 95, 10])
+  assert np.isnan(values[0]).all() and np.isnan(values[1, 0]).all()
+
+
+def test_a_table_shows_ours_the_papers_and_the_difference():
+  records = {
+    (f"9 → {target}", "main", seed): make_record(
+      fp_aw=(0.9, 0.2), all=(0.94 + 0.02 * seed, 0.1)
+    )
+    for target in (0, 1)
+    for seed in (0, 1)
+  }
+  made = rendered(records)
+  text = made.files["table-1.md"].decode()
+  # 94 and 96 over two seeds; the paper's two rows have 96.6 and 96.9.
+  assert "95.0 ± 1.4 (96.6)" in text and "95.0 ± 1.4 (96.9)" in text
+  assert "95.0 ± 1.4 (96.8)" in text
+  assert "-1.8" in text and "the command" in text and "Seeds 0, 1;" in text
+  assert "**seen**" in text
+  cells = json.loads(made.files["table-1.json"])["cells"]
+  assert len(cells) == 4
+  rows = list(csv.DictReader(io.StringIO(made.files["table-1.csv"].decode())))
+  (row,) = (r for r in rows if (r["row"], r["column"]) == ("9 → 0", "All TA"))
+  assert row["mean"] == "95.000" and row["paper"] == "96.6"
+  assert row["difference"] == "-1.600" and row["seed 1"] == "96.000"
+
+
+def test_what_has_no_result_says_so():
+  made = rendered({}, {("9 → 0", "main", 0): "became not finite"})
+  text = made.files["table-1.md"].decode()
+  assert "No result yet." in text and "none yet" in text
+  assert "9 → 0, main, seed 0: became not finite" in text
+  assert "seen" not in text
+
+
+def test_a_half_done_table_averages_what_there_is():
+  record = make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1))
+  text = rendered({("9 → 0", "main", 0): record}).files["table-1.md"].decode()
+  mean = next(line for line in text.splitlines() if line.startswith("| mean"))
+  assert mean.split("|")[6].strip() == "95.0 (96.8)"
+  assert "Seeds 0;" in text
+
+
+def test_labels_are_escaped_on_the_page():
+  page = render.page({"<b>": "<p>section</p>"})
+  assert "&lt;b&gt;" in page and "<p>section</p>" in page
+
+
+def test_a_figure_averages_over_seeds_and_is_the_same_again():
+  figure = plan.figure_3(BASES)
+  records = {
+    (label, "", seed): make_record(training=(0.9, 0.5), seed=seed)
+    for label in figure.cells
+    for seed in (0, 1)
+  }
+  made = render.figure(figure, records, {}, (0, 1), "command")
+  assert set(made.files) == {f"figure-3.{s}" for s in ("png", "svg", "json")}
+  assert made.files["figure-3.png"].startswith(b"\x89PNG")
+  assert "Seeds 0, 1." in made.section and "<b>seen</b>" in made.section
+  again = render.figure(figure, records, {}, (0, 1), "command")
+  assert again.files["figure-3.png"] == made.files["figure-3.png"]
+
+
+def test_a_figure_without_results_says_so():
+  made = render.figure(plan.figure_5(BASES), {}, {}, (0,), "command")
+  assert not made.files and "No result yet." in made.section
+
+
+@pytest.mark.parametrize("number", [5, 6, 7, 8, 9, 10])
+def test_every_kind_of_figure_is_drawn(number):
+  bases = {name: configs.Config() for name in ("mnist", "fashion_mnist")}
+  figure = plan.FIGURES[number](bases)
+  record = make_record(
+    fp=(0.9, 0.8), fp_aw=(0.9, 0.2), fp_ft=(0.95, 0.9), all=(0.95, 0.1)
+  )
+  lines = [
+    *record.lines,
+    *(
+      {"phase": "fp", "pruned_neurons": k, plan.TA: 0.9, plan.AA: 0.5}
+      for k in range(40)
+    ),
+    *(
+      {
+        "phase": "all",
+        "delta": delta,
+        "accuracy": 0.9,
+        plan.TA: 0.9,
+        plan.AA: 0.5,
+      }
+      for delta in (None, 3.0, 2.0)
+    ),
+  ]
+  records = {
+    (label, "", 0): record._replace(lines=lines) for label in figure.cells
+  }
+  made = render.figure(figure, records, {}, (0,), "command")
+  assert f"{figure.name}.svg" in made.files
+  assert made.summary
+
+
+def test_triggers_are_drawn_on_a_real_image():
+  made = render.figure(plan.figure_1(BASES), {}, {}, (0,), "command")
+  assert set(made.files) == {"figure-1.png", "figure-1.svg"}

@@ -1,0 +1,118 @@
+import dataclasses
+from pathlib import Path
+
+from conftest import TINY
+from conftest import TINY_SETTINGS
+from conftest import write_images
+import pytest
+
+from fljax import config as configs
+from fljax import experiment
+from fljax import models
+from fljax.reproduction import plan
+from fljax.reproduction import store as stores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+  models.MODELS["tiny"] = TINY
+  field = configs.Config.__dataclass_fields__["model"]
+  choices = field.metadata["choices"]
+  field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
+  yield
+  field.metadata = {**field.metadata, "choices": choices}
+  del models.MODELS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("store")
+  return configs.Config(
+    dataset=str(write_images(folder / "rows.npz")),
+    compilation_cache=str(folder / "programs"),
+    **TINY_SETTINGS,
+  )
+
+
+@pytest.fixture
+def store(tmp_path):
+  return stores.Store(str(tmp_path / "store"), experiment.Stop())
+
+
+def _with(config, **changes):
+  return dataclasses.replace(config, **changes)
+
+
+def test_cells_that_differ_in_cleansing_share_a_training(base, store):
+  one = plan.Cell(_with(base, cleanse="fp", pruning="rap"))
+  two = plan.Cell(_with(base, cleanse="fp", pruning="mvp"))
+  assert store.record(one, 3) is None
+  for cell in (one, two):
+    store.run(cell, 3)
+  assert len(list((store.path / "trained").iterdir())) == 1
+  assert len(list((store.path / "runs").iterdir())) == 2
+  first, second = (store.record(cell, 3) for cell in (one, two))
+  assert first.phase("training") == second.phase("training")
+  assert first.curve("training") == second.curve("training")
+  assert first.results["config"]["seed"] == 3
+  # Another seed is another training.
+  store.run(one, 4)
+  assert len(list((store.path / "trained").iterdir())) == 2
+
+
+def test_a_stored_run_is_what_the_command_line_gives(base, store, tmp_path):
+  cell = plan.Cell(base)
+  store.run(cell, 1)
+  alone = experiment.run(
+    _with(base, seed=1, workdir=str(tmp_path / "alone")), quiet=True
+  )
+  stored = store.record(cell, 1).results
+  for results in (alone, stored):
+    for phase in results["phases"]:
+      del phase["seconds"]
+  assert stored == alone
+
+
+def test_what_is_complete_is_not_run_again(base, store, monkeypatch):
+  cell = plan.Cell(_with(base, cleanse="", rounds=1))
+  store.run(cell, 0)
+  monkeypatch.setattr(experiment, "setup", None)
+  store.run(cell, 0)
+  assert store.record(cell, 0) is not None
+
+
+def test_a_cell_waits_for_the_one_it_builds_on(base, store):
+  first = plan.Cell(_with(base, cleanse="fp", rounds=1))
+
+  def adapt(config, record):
+    pruned = record.phase("fp")["pruned_neurons"]
+    return _with(config, pruning_rate=0.25 + pruned / 100)
+
+  second = plan.Cell(first.config, first, adapt)
+  assert store.settings(second, 0) is None
+  assert store.record(second, 0) is None
+  store.run(second, 0)
+  pruned = store.record(first, 0).phase("fp")["pruned_neurons"]
+  settings = store.record(second, 0).results["config"]
+  assert settings["pruning_rate"] == 0.25 + pruned / 100
+
+
+def test_a_cell_that_diverges_says_why_and_is_left(base, store, monkeypatch):
+  cell = plan.Cell(_with(base, learning_rate=1e20))
+  store.run(cell, 0)
+  assert store.record(cell, 0) is None
+  assert "became not finite in round" in store.failure(cell, 0)
+  monkeypatch.setattr(experiment, "setup", None)
+  store.run(cell, 0)
+  assert store.failure(plan.Cell(base), 0) is None
+  builds_on_it = plan.Cell(base, cell, lambda config, record: config)
+  assert "not finite" in store.failure(builds_on_it, 0)
+
+
+def test_a_damaged_result_is_named(base, store):
+  cell = plan.Cell(_with(base, cleanse="", rounds=1))
+  store.run(cell, 0)
+  folder = Path(store.settings(cell, 0).workdir)
+  (folder / "results.json").write_text("{")
+  with pytest.raises(Exception, match="is damaged"):
+    store.record(cell, 0)
