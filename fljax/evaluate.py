@@ -123,7 +123,7 @@ def accuracy(
 
   def hits(batch: Examples) -> Array:
     logits = models.apply(model, params, batch.images)
-    return count_hits(logits, batch.labels, batch.mask)
+    return right(logits, batch.labels, batch.mask)
 
   return share(lax.map(hits, examples).sum(), examples.mask)
 
@@ -141,10 +141,12 @@ def share(hits: Array, mask: Array) -> Array:
   return hits.astype(jnp.float32) / mask.sum().astype(jnp.float32)
 
 
-def count_hits(logits: Array, labels: Array, mask: Array) -> Array:
-  """How many examples are right: int32 scalar.
+def right(logits: Array, labels: Array, mask: Array) -> Array:
+  """Which examples are right.
 
-  Logits that are not finite are wrong, whatever label they might favour.
+  Logits that are not finite are wrong, whatever label they might favour. Counts
+  are left to the caller, at the end of its loops: where a batch is spread over
+  devices, every sum is a meeting of all of them.
 
   Args:
     logits: [batch, classes].
@@ -152,8 +154,7 @@ def count_hits(logits: Array, labels: Array, mask: Array) -> Array:
     mask: bool [batch].
 
   Returns:
-    The number of masked-in examples whose largest logit is their label's.
+    bool [batch], masked-in examples whose largest logit is their label's.
   """
-  right = jnp.argmax(logits, axis=-1) == labels
-  finite = jnp.isfinite(logits).all(axis=-1)
-  return (right & finite & mask).sum()
+  largest = jnp.argmax(logits, axis=-1) == labels
+  return largest & jnp.isfinite(logits).all(axis=-1) & mask

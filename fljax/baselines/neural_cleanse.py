@@ -401,7 +401,7 @@ def _reverse(
 
   def hits(logits: Array, target: Array, mask: Array) -> Array:
     labels = jnp.full(mask.shape, target, jnp.int32)
-    return evaluate.count_hits(logits, labels, mask)
+    return evaluate.right(logits, labels, mask).sum()
 
   def update(search: _Search, target: Array, key: Array) -> _Search:
     def loss_fn(

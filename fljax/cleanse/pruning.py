@@ -141,9 +141,9 @@ def pruning_curve(
 
   def one_batch(batch: evaluate.Examples) -> Array:
     active = model.activations(params, model.stem(params, batch.images))
-    return hits_along(model, params, order, active, batch.labels, batch.mask)
+    return right_along(model, params, order, active, batch.labels, batch.mask)
 
-  hits = lax.map(one_batch, examples).sum(axis=0)
+  hits = lax.map(one_batch, examples).sum(axis=(0, 2))
   return evaluate.share(hits, examples.mask)
 
 
@@ -180,12 +180,13 @@ def client_curves(
   ) -> Array:
     params, order = common
     active = model.activations(params, model.stem(params, images))
-    return hits_along(model, params, order, active, labels, mask)
+    right = right_along(model, params, order, active, labels, mask)
+    return right.sum(axis=1)
 
   return reports.client_mean(one_batch, (params, order), federation)
 
 
-def hits_along(
+def right_along(
   model: models.Model,
   params: models.Params,
   order: Array,
@@ -193,7 +194,7 @@ def hits_along(
   labels: Array,
   mask: Array,
 ) -> Array:
-  """Counts right examples of one batch at every step of the sequence.
+  """Which examples of a batch are right at every step of the sequence.
 
   Args:
     model: the network.
@@ -204,7 +205,7 @@ def hits_along(
     mask: bool [batch].
 
   Returns:
-    int32 [neurons + 1].
+    bool [neurons + 1, batch].
   """
   if model.neuron_sums is not None:
     # From the model without any neuron upwards: sums without cancellation.
@@ -213,21 +214,21 @@ def hits_along(
 
     def add(sums: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
       inputs, weights = part
-      hits = evaluate.count_hits(taken.rest(sums), labels, mask)
-      return sums + inputs @ weights, hits
+      right = evaluate.right(taken.rest(sums), labels, mask)
+      return sums + inputs @ weights, right
 
     start = jnp.broadcast_to(taken.offset, (len(labels), len(taken.offset)))
-    sums, hits = lax.scan(
+    sums, right = lax.scan(
       add, start, (taken.inputs[backwards], taken.weights[backwards])
     )
-    unpruned = evaluate.count_hits(taken.rest(sums), labels, mask)
-    return jnp.concatenate([unpruned[jnp.newaxis], hits[::-1]])
+    unpruned = evaluate.right(taken.rest(sums), labels, mask)
+    return jnp.concatenate([unpruned[jnp.newaxis], right[::-1]])
 
   place = jnp.argsort(order)
 
   def one_step(count: Array) -> Array:
     stays = (place >= count).reshape((1,) * (active.ndim - 1) + (-1,))
     logits = model.head(params, jnp.where(stays, active, 0))
-    return evaluate.count_hits(logits, labels, mask)
+    return evaluate.right(logits, labels, mask)
 
   return lax.map(one_step, jnp.arange(model.neurons + 1))

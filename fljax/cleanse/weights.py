@@ -139,7 +139,7 @@ def accuracy_from_stem(
   def hits(batch: evaluate.Examples) -> Array:
     active = model.activations(params, batch.images)
     logits = model.head(params, active)
-    return evaluate.count_hits(logits, batch.labels, batch.mask)
+    return evaluate.right(logits, batch.labels, batch.mask)
 
   return evaluate.share(lax.map(hits, cached).sum(), cached.mask)
 
@@ -179,7 +179,7 @@ def client_curves(
         model, params, zero_extremes(kernel, mean, std, delta)
       )
       logits = model.head(adjusted, model.activations(adjusted, hidden))
-      return evaluate.count_hits(logits, labels, mask)
+      return evaluate.right(logits, labels, mask).sum()
 
     return lax.map(one_step, deltas)
 
