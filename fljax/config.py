@@ -24,6 +24,8 @@ from fljax.cleanse import pruning
 from fljax.cleanse import weights
 
 PHASES = ("fp", "ft", "aw")
+# Defences to compare with; the server uses its own validation images.
+BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning")
 _LARGEST = 2**31 - 1
 
 
@@ -297,7 +299,8 @@ class Config:
   cleanse: str = _setting(
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
-    " (fine-tuning), aw (adjusting extreme weights). Empty for none.",
+    " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
+    " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning. Empty for none.",
     cleansing=True,
   )
   pruning: str = _setting(
@@ -370,6 +373,26 @@ class Config:
     "Whether μ and σ are those of the surviving neurons' weights or of all"
     " weights of the layer, pruned zeros included.",
     choices=weights.STATISTICS,
+    cleansing=True,
+  )
+
+  nc_learning_rate: float = _setting(
+    0.1,
+    "Neural Cleanse: learning rate of Adam in reversing triggers.",
+    above=0,
+    cleansing=True,
+  )
+  nc_steps: int = _setting(
+    1000,
+    "Neural Cleanse: most steps per class in reversing triggers.",
+    low=1,
+    cleansing=True,
+  )
+  server_learning_rate: float = _setting(
+    0.1,
+    "Learning rate of training on the server's images: Neural Cleanse's"
+    " unlearning, Fine-Pruning's tuning.",
+    above=0,
     cleansing=True,
   )
 
@@ -467,11 +490,18 @@ class Config:
           f"--{name}={getattr(self, name):g} is out of range: γ goes from 1"
           f" to {largest:g}, clients per round over server rate."
         )
-    unknown = [phase for phase in self.phases if phase not in PHASES]
+    known = (*PHASES, *BASELINES)
+    unknown = [phase for phase in self.phases if phase not in known]
     if unknown or len(set(self.phases)) != len(self.phases):
       raise errors.ConfigError(
-        f"--cleanse={self.cleanse} must name each of {', '.join(PHASES)} at"
+        f"--cleanse={self.cleanse} must name each of {', '.join(known)} at"
         " most once, separated by commas."
+      )
+    baselines = [phase for phase in self.phases if phase in BASELINES]
+    if baselines and not self.validation_size:
+      raise errors.ConfigError(
+        f"--cleanse={self.cleanse}: {baselines[0]} needs the server's own"
+        " images, and --validation_size is 0."
       )
     try:
       avoided = self.avoided_neurons

@@ -86,6 +86,9 @@ def header(config: Any) -> str:
 def detail(phase: dict[str, Any]) -> str:
   """What a phase did, in a few words."""
   parts = []
+  if "flagged_labels" in phase:
+    labels = ", ".join(map(str, phase["flagged_labels"]))
+    parts.append(f"flagged: {labels or 'none'}")
   if "pruned_neurons" in phase:
     parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
   if "fine_tune_rounds" in phase:

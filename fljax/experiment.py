@@ -41,6 +41,8 @@ from fljax import population as populations
 from fljax import rounds
 from fljax import triggers
 from fljax import workdir as workdirs
+from fljax.baselines import neural_cleanse
+from fljax.baselines import phases
 from fljax.cleanse import pipeline
 from fljax.cleanse import pruning
 from fljax.cleanse import reports
@@ -815,7 +817,10 @@ class Driver:
   def _phase(self, name: str, kind: str, state: Any) -> Any:
     started = time.perf_counter()
     run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
-    state, facts, curve = run_phase[kind](name, state)
+    if kind in run_phase:
+      state, facts, curve = run_phase[kind](name, state)
+    else:
+      state, facts, curve = self._mitigate(kind, state)
     jax.block_until_ready(state)
     self._record(name, state, time.perf_counter() - started, **facts)
     # TA and AA along the curve are for the figures, not for the choice, and
@@ -996,6 +1001,40 @@ class Driver:
     }
     return state.replace(params=adjusted.params), facts, curve
 
+  def _mitigate(self, kind: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
+    """A baseline, with the server's own images; it has no curve."""
+    config, experiment = self.config, self.experiment
+    assert experiment.validation is not None  # `Config` demands it.
+    key = jax.random.fold_in(jax.random.key(config.seed), 4)
+    if kind == "fine-pruning":
+      mitigated = phases.prune_and_tune(
+        experiment.model,
+        state.params,
+        experiment.validation,
+        key=key,
+        learning_rate=config.server_learning_rate,
+        max_drop=config.pruning_drop,
+      )
+    else:
+      mitigated = phases.cleanse(
+        experiment.model,
+        state.params,
+        state.neuron_mask,
+        experiment.validation,
+        by=kind.removeprefix("nc-"),
+        key=key,
+        settings=neural_cleanse.OFFICIAL._replace(
+          learning_rate=config.nc_learning_rate, steps=config.nc_steps
+        ),
+        learning_rate=config.server_learning_rate,
+        max_drop=config.pruning_drop,
+      )
+    after = state.replace(
+      params=mitigated.params, neuron_mask=mitigated.neuron_mask
+    )
+    after = parallel.replicate(after, experiment.mesh)
+    return after, mitigated.facts, lambda: iter(())
+
 
 def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
   """What a block's metrics say, as metrics.jsonl has it."""
@@ -1015,7 +1054,8 @@ def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
   """The phases of a run in order.
 
   Args:
-    phases: some of "fp", "ft", "aw", in the order wanted.
+    phases: some of `config.PHASES` and `config.BASELINES`, in the order
+      wanted.
 
   Returns:
     For each: its name in results.json, its kind, and whether it is a side

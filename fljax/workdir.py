@@ -476,7 +476,7 @@ def list_checkpoints(
   folder = workdir / CHECKPOINTS
   found = []
   for path in folder.iterdir() if folder.is_dir() else ():
-    whole = re.fullmatch(r"(\d+)-[a-z+]+", path.name)
+    whole = re.fullmatch(r"(\d+)-[a-z+-]+", path.name)
     if whole and not partial:
       found.append((int(whole[1]), path))
     elif not whole and partial:

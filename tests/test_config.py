@@ -84,6 +84,9 @@ def test_every_range_is_checked(field):
     ({"fine_tune_gamma": 20.5, "server_rate": 0.5}, "γ goes from 1 to 20"),
     ({"cleanse": "fp,fp"}, "at most once"),
     ({"cleanse": "fp,xx"}, "must name"),
+    ({"cleanse": "fp,nc-prune", "validation_size": 0}, "server's own"),
+    ({"attacker_avoids": "1,x"}, "must be numbers of neurons"),
+    ({"attacker_avoids": "1,-2"}, "numbered from 0"),
     ({"workdir": ""}, "workdir must not be empty"),
   ],
 )

@@ -24,6 +24,7 @@ from fljax.reproduction.plan import Column
 from fljax.reproduction.plan import Figure
 from fljax.reproduction.plan import Record
 from fljax.reproduction.plan import Table
+from fljax.reproduction.plan import variants_of
 
 # One colour per curve (Okabe and Ito), in the order of labels.
 _COLOURS = (
@@ -67,11 +68,15 @@ def values_of(
   for i, row in enumerate(table.rows):
     for j, seed in enumerate(seeds):
       for k, column in enumerate(table.columns):
-        record = records.get((row.label, column.variant, seed))
-        if record is not None:
-          value = record.phase(column.phase)[column.key]
-          if value is not None:
-            values[i, j, k] = 100 * value if column.percent else value
+        found = [
+          records[row.label, variant, seed].phase(column.phase)[column.key]
+          for variant in variants_of(row, column)
+          if (row.label, variant, seed) in records
+        ]
+        known = [value for value in found if value is not None]
+        if known:
+          value = float(np.mean(known))
+          values[i, j, k] = 100 * value if column.percent else value
   return values
 
 

@@ -39,8 +39,11 @@ def test_every_row_has_a_published_number_for_every_column(number):
   table = plan.TABLES[number](BASES)
   for row in table.rows:
     assert len(row.paper) == len(table.columns)
-    assert None not in row.paper
-    assert {column.variant for column in table.columns} == set(row.cells)
+    # The published Neural Cleanse is another experiment, see the note.
+    assert (None in row.paper) == (number == 4)
+    shown = [plan.variants_of(row, column) for column in table.columns]
+    assert {name for names in shown for name in names} == set(row.cells)
+    assert all(shown)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +55,10 @@ def test_columns_are_phases_that_their_experiments_have(make):
   table = make(BASES)
   for row in table.rows:
     for column in table.columns:
-      config = row.cells[column.variant].config
-      names = [name for name, _, _ in experiment.course(config.phases)]
-      assert column.phase in ("training", *names)
+      for variant in plan.variants_of(row, column):
+        config = row.cells[variant].config
+        names = [name for name, _, _ in experiment.course(config.phases)]
+        assert column.phase in ("training", *names)
 
 
 def test_rows_attack_whom_they_say():

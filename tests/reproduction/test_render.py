@@ -50,6 +50,25 @@ def test_values_stand_where_they_belong():
   assert np.isnan(values[0]).all() and np.isnan(values[1, 0]).all()
 
 
+def test_a_value_may_be_a_mean_over_experiments():
+  bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
+  table = plan.table_4(bases)
+  records = {
+    ("MNIST", f"nc-unlearn/9 → {target}", 0): plan.Record(
+      {
+        "phases": [
+          {"name": "nc-unlearn", plan.TA: 0.9 + 0.04 * target, plan.AA: 0.5}
+        ]
+      },
+      [],
+    )
+    for target in (0, 1)
+  }
+  values = render.values_of(table, records, (0,))
+  assert values[0, 0, 2:4].tolist() == pytest.approx([92, 50])
+  assert np.isnan(values[0, 0, [0, 1, 4, 5]]).all()
+
+
 def test_a_table_shows_ours_the_papers_and_the_difference():
   records = {
     (f"9 → {target}", "main", seed): make_record(

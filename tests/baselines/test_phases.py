@@ -1,0 +1,92 @@
+from conftest import TARGET
+from conftest import make_images
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planted
+import pytest
+
+from fljax import evaluate
+from fljax import models
+from fljax.baselines import neural_cleanse
+from fljax.baselines import phases
+
+MODEL, PARAMS = planted.model(), planted.params()
+IMAGES, LABELS = make_images(60, seed=3)
+CLEAN = evaluate.batched(IMAGES, LABELS, batch_size=25)
+ALL = jnp.ones(MODEL.neurons, bool)
+SETTINGS = neural_cleanse.Settings(batches_per_step=1, batch_size=60)
+_measure = jax.jit(evaluate.accuracy, static_argnums=0)
+
+
+def _success(params):
+  stamped = evaluate.backdoored(
+    *make_images(60, seed=4),
+    trigger=planted.TRIGGER,
+    victim_label=0,
+    target_label=TARGET,
+    over="others",
+    batch_size=25,
+  )
+  return float(_measure(MODEL, params, stamped))
+
+
+def _cleanse(by, params=PARAMS, settings=SETTINGS, **options):
+  return phases.cleanse(
+    MODEL,
+    params,
+    ALL,
+    CLEAN,
+    by=by,
+    key=jax.random.key(0),
+    settings=settings,
+    **{"learning_rate": 0.1, "max_drop": 0.05, **options},
+  )
+
+
+def test_images_come_out_of_their_batches():
+  images, labels = phases.server_images(CLEAN)
+  np.testing.assert_array_equal(images, IMAGES)
+  np.testing.assert_array_equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("by", ["prune", "unlearn"])
+def test_the_planted_backdoor_is_found_and_removed(by):
+  assert _success(PARAMS) > 0.9
+  after = _cleanse(by)
+  assert after.facts["flagged_labels"] == [TARGET]
+  assert len(after.facts["trigger_norms"]) == 4
+  assert _success(after.params) < 0.3
+  assert float(_measure(MODEL, after.params, CLEAN)) > 0.9
+  if by == "prune":
+    assert after.facts["pruned_neurons"] == int((~after.neuron_mask).sum()) > 0
+    assert not after.neuron_mask[planted.BACKDOOR]
+  else:
+    assert after.neuron_mask.all()
+
+
+def test_without_a_suspect_the_model_stays():
+  clean = models.mask_neurons(
+    MODEL, PARAMS, ALL.at[planted.BACKDOOR].set(False)
+  )
+  after = _cleanse("unlearn", clean)
+  assert after.facts["flagged_labels"] == []
+  for one, other in zip(
+    jax.tree.leaves(after.params), jax.tree.leaves(clean), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_fine_pruning_prunes_and_tunes():
+  after = phases.prune_and_tune(
+    MODEL,
+    PARAMS,
+    CLEAN,
+    key=jax.random.key(0),
+    learning_rate=0.05,
+    max_drop=0.05,
+  )
+  assert after.facts["pruned_neurons"] == int((~after.neuron_mask).sum()) > 0
+  kernel = models.target_kernel(MODEL, after.params)
+  assert not np.asarray(kernel)[..., ~np.asarray(after.neuron_mask)].any()
+  assert float(_measure(MODEL, after.params, CLEAN)) > 0.9
