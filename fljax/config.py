@@ -550,6 +550,19 @@ class Config:
       if field.metadata["identity"]
     }
 
+  @staticmethod
+  def defaults() -> dict[str, Any]:
+    """What `identity` says of settings that nobody touched.
+
+    A new setting's default means what was done before it existed, so that a
+    folder made then is still known.
+    """
+    return {
+      field.name: field.default
+      for field in dataclasses.fields(Config)
+      if field.metadata["identity"]
+    }
+
   def training(self) -> dict[str, Any]:
     """The settings that make the trained model what it is."""
     return {

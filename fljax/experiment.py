@@ -376,7 +376,9 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
   use_compilation_cache(config)
   first = jax.process_index() == 0
   console = consoles.Console(quiet=quiet or not first)
-  with workdirs.open_for_all(config.workdir, config.identity()) as workdir:
+  with workdirs.open_for_all(
+    config.workdir, config.identity(), config.defaults()
+  ) as workdir:
     results = workdir.results()
     if results is not None:
       console.say(f"{workdir.path} is complete; nothing is left to do.")

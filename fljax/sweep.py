@@ -441,7 +441,9 @@ def run(
     stop = stack.enter_context(experiments.Stop.on_signals())
     folders: dict[str, workdirs.Workdir | workdirs.Shared] = {}
     for name, config in sweep.items():
-      folders[name] = workdirs.open_for_all(config.workdir, config.identity())
+      folders[name] = workdirs.open_for_all(
+        config.workdir, config.identity(), config.defaults()
+      )
       stack.push(folders[name])
     drivers = _drivers(sweep, folders, results, stop, quiet=quiet)
     if complete := len(results):

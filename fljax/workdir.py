@@ -68,23 +68,32 @@ class Progress:
   seconds: float
 
 
-def open_for_all(path: str, identity: dict[str, Any]) -> Workdir | Shared:
+def open_for_all(
+  path: str, identity: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> Workdir | Shared:
   """Opens a run's folder: by itself, or as one of several processes."""
   if jax.process_count() == 1:
-    return Workdir(path, identity)
-  return Shared(path, identity)
+    return Workdir(path, identity, defaults)
+  return Shared(path, identity, defaults)
 
 
 class Workdir:
   """A run's folder, open and locked for one process."""
 
-  def __init__(self, path: str, identity: dict[str, Any]):
+  def __init__(
+    self,
+    path: str,
+    identity: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+  ):
     """Opens or creates the folder.
 
     Args:
       path: the folder.
       identity: what makes the run the experiment that it is; a folder of
         another one is refused.
+      defaults: what a folder is taken to say about settings that did not
+        exist yet when it was made.
 
     Raises:
       errors.WorkdirError: it cannot be written, is in use, or holds something
@@ -105,6 +114,7 @@ class Workdir:
       ) from error
     # What JSON makes of it, so that both sides compare alike.
     self._identity = json.loads(json.dumps(identity))
+    self._defaults = json.loads(json.dumps(defaults or {}))
     try:
       self._compare(self._identity)
     except BaseException:
@@ -115,7 +125,7 @@ class Workdir:
     """Refuses a folder that holds another run, or something else."""
     config = self.path / CONFIG
     if config.exists():
-      there = self._read_json(config)
+      there = {**self._defaults, **self._read_json(config)}
       if DATA_SHA256 not in identity:
         there.pop(DATA_SHA256, None)
       if there != identity:
@@ -343,7 +353,7 @@ class Workdir:
       raise errors.WorkdirError(f"--trained_in={other} holds no run.")
     wanted = json.loads(json.dumps(training))
     wanted[DATA_SHA256] = self._read_json(self.path / CONFIG)[DATA_SHA256]
-    there = self._read_json(source / CONFIG)
+    there = {**self._defaults, **self._read_json(source / CONFIG)}
     if differences := _differences(
       {key: there[key] for key in wanted if key in there}, wanted
     ):
@@ -391,13 +401,18 @@ class Shared:
   called in every process at the same place. See `Workdir`.
   """
 
-  def __init__(self, path: str, identity: dict[str, Any]):
+  def __init__(
+    self,
+    path: str,
+    identity: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+  ):
     """Opens or creates the folder in process 0."""
     self.path = Path(path).expanduser()
     self._own: Any = None
 
     def open_it() -> None:
-      self._own = Workdir(path, identity)
+      self._own = Workdir(path, identity, defaults)
 
     parallel.on_first(open_it)
 

@@ -264,3 +264,13 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["0001-training"]
     assert not list(tmp_path.glob(".results*"))
+
+
+def test_a_folder_from_before_a_setting_existed_is_known(tmp_path):
+  _open(tmp_path).close()
+  newer = {**IDENTITY, "new": 1}
+  with pytest.raises(errors.WorkdirError, match="new: unset there, 1 here"):
+    workdirs.Workdir(str(tmp_path), newer)
+  workdirs.Workdir(str(tmp_path), newer, {"new": 1}).close()
+  with pytest.raises(errors.WorkdirError, match="new: 0 there, 1 here"):
+    workdirs.Workdir(str(tmp_path), newer, {"new": 0})

@@ -26,8 +26,18 @@ FAILED = "failed.txt"
 
 
 def digest(settings: dict[str, Any]) -> str:
-  """Twelve hexadecimal digits that stand for settings."""
-  text = json.dumps(settings, sort_keys=True)
+  """Twelve hexadecimal digits that stand for settings.
+
+  Those at their default are left out, so that results outlive a setting that
+  is added later.
+  """
+  defaults = Config.defaults()
+  own = {
+    key: value
+    for key, value in settings.items()
+    if key not in defaults or defaults[key] != value
+  }
+  text = json.dumps(own, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -137,7 +147,9 @@ class Store:
     failed = Path(config.workdir) / FAILED
     if failed.exists():
       return False
-    with workdirs.Workdir(config.workdir, config.identity()) as workdir:
+    with workdirs.Workdir(
+      config.workdir, config.identity(), config.defaults()
+    ) as workdir:
       if workdir.results() is not None:
         return True
       key = digest(config.structure())

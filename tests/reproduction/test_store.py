@@ -116,3 +116,12 @@ def test_a_damaged_result_is_named(base, store):
   (folder / "results.json").write_text("{")
   with pytest.raises(Exception, match="is damaged"):
     store.record(cell, 0)
+
+
+def test_a_setting_at_its_default_does_not_change_the_hash(base):
+  settings = base.identity()
+  assert settings["nc_steps"] == configs.Config.defaults()["nc_steps"]
+  without = {k: v for k, v in settings.items() if k != "nc_steps"}
+  assert stores.digest(without) == stores.digest(settings)
+  other = _with(base, nc_steps=7).identity()
+  assert stores.digest(other) != stores.digest(settings)

@@ -1,0 +1,80 @@
+"""launch/reproduce.py as its users start it."""
+
+import csv
+import subprocess
+import sys
+
+from conftest import ROOT
+import pytest
+
+SMALL = (
+  "rounds=1",
+  "samples_per_client=60",
+  "model=mnist_small",
+  "validation_size=200",
+)
+
+
+def reproduce(folder, *arguments):
+  return subprocess.run(
+    [
+      sys.executable,
+      str(ROOT / "launch" / "reproduce.py"),
+      f"--workdir={folder}",
+      *arguments,
+      *(f"--override={text}" for text in SMALL),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_a_figure_is_made_and_not_made_twice(tmp_path):
+  process = reproduce(tmp_path, "--figure=3,1", "--seeds=4")
+  assert process.returncode == 0, process.stderr
+  out = tmp_path / "results"
+  for name in ("figure-3.png", "figure-3.svg", "figure-3.json", "figure-1.png"):
+    assert (out / name).stat().st_size > 1000
+  assert "0 of 3 cells are complete" in process.stderr
+  page = (out / "index.html").read_text()
+  assert "Seeds 4." in page and "Table I: MNIST" in page
+  assert "No result yet" in page
+
+  before = (out / "figure-3.json").read_bytes()
+  again = reproduce(tmp_path, "--figure=3", "--seeds=4")
+  assert again.returncode == 0, again.stderr
+  assert "3 of 3 cells are complete" in again.stderr
+  assert (out / "figure-3.json").read_bytes() == before
+  # What was made before stays on the page.
+  assert (out / "index.html").read_text() == page
+
+
+def test_what_has_not_been_run_is_shown_as_such(tmp_path):
+  process = reproduce(tmp_path, "--table=5", "--norun", "--out", str(tmp_path))
+  assert process.returncode == 0, process.stderr
+  assert "No result yet." in (tmp_path / "table-5.md").read_text()
+  with open(tmp_path / "table-5.csv", newline="") as stream:
+    rows = list(csv.DictReader(stream))
+  assert len(rows) == 18 * 6
+  assert {row["mean"] for row in rows} == {""}
+  assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "nothing to make"),
+    (["--table=8"], "--table=8: there is no such table"),
+    (["--figure=x"], "--figure=x: there is no such figure"),
+    (["--table=1", "--seeds=one"], "--seeds=one must be numbers"),
+    (["--table=1", "--override=round=1"], "--override: "),
+    (["--table=1", "--override=gamma=99"], "γ goes from 1"),
+    (["table=1"], "unexpected argument 'table=1'"),
+  ],
+  ids=lambda value: str(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(tmp_path, arguments, message):
+  process = reproduce(tmp_path, *arguments)
+  assert process.returncode == 2
+  assert message in process.stderr and "Traceback" not in process.stderr
