@@ -5,7 +5,7 @@ target label, the attack's strength, ...) are trained by one compiled program
 over their stacked federations, states and keys. What that does not fit into is
 run one after another. Either way each leaves the folder that a single run of
 its config leaves, and goes on from it: training as one program saves the same
-checkpoints, and the rest of a run is `experiment.Driver`'s.
+checkpoints, and the rest of a run is `driver.Driver`'s.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from fljax import config as configs
 from fljax import console as consoles
 from fljax import data
+from fljax import driver as driving
 from fljax import errors
 from fljax import evaluate
 from fljax import execution
@@ -253,14 +254,14 @@ def _stack(trees: Sequence[Any]) -> Any:
   )
 
 
-def _shapes(driver: experiments.Driver) -> Any:
+def _shapes(driver: driving.Driver) -> Any:
   """What has to be the same for experiments to be stacked."""
   own = (driver.state, _own(driver))
   leaves, tree = jax.tree.flatten(own)
   return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def _own(driver: experiments.Driver) -> Rows:
+def _own(driver: driving.Driver) -> Rows:
   examples = dict(driver.experiment.examples)
   del examples["test"]
   federation = driver.experiment.federation
@@ -269,9 +270,9 @@ def _own(driver: experiments.Driver) -> Rows:
 
 
 def _train(
-  drivers: Sequence[experiments.Driver],
+  drivers: Sequence[driving.Driver],
   console: consoles.Console,
-  stop: experiments.Stop,
+  stop: driving.Stop,
   *,
   over: str,
   path: str,
@@ -332,7 +333,7 @@ def _train(
     program = _compile(
       make_block(first.block, over), states, rows, lengths, common
     )
-  console.start(experiments.TRAINING, total, min(done))
+  console.start(driving.TRAINING, total, min(done))
   while now := running():
     started = time.perf_counter()
     lengths = np.zeros(len(drivers), np.int32)
@@ -375,7 +376,7 @@ def _train(
         jax.tree.map(jnp.asarray, _row(on_host, index))
       )
     if stopped and running():
-      raise experiments.interrupted(stop, path)
+      raise driving.interrupted(stop, path)
   console.stop()
   return diverged
 
@@ -438,7 +439,7 @@ def run(
   results: dict[str, dict[str, Any]] = {}
   failed: dict[str, errors.DivergedError] = {}
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(experiments.Stop.on_signals())
+    stop = stack.enter_context(driving.Stop.on_signals())
     folders: dict[str, workdirs.Workdir | workdirs.Shared] = {}
     for name, config in sweep.items():
       folders[name] = workdirs.open_for_all(
@@ -471,10 +472,10 @@ def _drivers(
   sweep: dict[str, Config],
   folders: dict[str, workdirs.Workdir | workdirs.Shared],
   results: dict[str, dict[str, Any]],
-  stop: experiments.Stop,
+  stop: driving.Stop,
   *,
   quiet: bool,
-) -> dict[str, experiments.Driver]:
+) -> dict[str, driving.Driver]:
   """Sets up what is not complete yet; adds what is to the results.
 
   The data set is loaded once, and only the first experiment makes programs.
@@ -487,7 +488,7 @@ def _drivers(
     found = folders[name].results()
     if found is not None:
       results[name] = found
-      experiments.write_report(config, found, folders[name])
+      driving.write_report(config, found, folders[name])
       continue
     try:
       experiment = experiments.setup(config, like=like)
@@ -499,7 +500,7 @@ def _drivers(
   drivers = {}
   for name, experiment in ready.items():
     folders[name].claim(digest)
-    drivers[name] = experiments.Driver(
+    drivers[name] = driving.Driver(
       experiment,
       folders[name],
       consoles.Console(quiet=quiet, prefix=f"{name} "),
@@ -513,10 +514,10 @@ def _drivers(
 
 
 def _train_together(
-  drivers: dict[str, experiments.Driver],
+  drivers: dict[str, driving.Driver],
   failed: dict[str, errors.DivergedError],
   console: consoles.Console,
-  stop: experiments.Stop,
+  stop: driving.Stop,
   *,
   over: str | None,
   path: str,

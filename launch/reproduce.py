@@ -26,6 +26,7 @@ from absl import logging
 import tqdm
 
 from fljax import config as configs
+from fljax import driver
 from fljax import errors
 from fljax import experiment
 from fljax.reproduction import plan
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     experiment.use_devices(base["mnist"])
     experiment.use_compilation_cache(base["mnist"])
     out = Path(_OUT.value or Path(_WORKDIR.value) / "results").expanduser()
-    with experiment.Stop.on_signals() as stop:
+    with driver.Stop.on_signals() as stop:
       store = stores.Store(_WORKDIR.value, stop)
       if _RUN.value:
         run(artefacts, seeds, store)

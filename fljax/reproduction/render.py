@@ -16,7 +16,7 @@ from matplotlib import figure as figures
 import numpy as np
 
 from fljax import data
-from fljax import experiment as experiments
+from fljax import driver as driving
 from fljax import report
 from fljax.reproduction.plan import AA
 from fljax.reproduction.plan import TA
@@ -522,7 +522,7 @@ def _triggers(figure: Figure) -> figures.Figure | None:
   for label, cell in figure.cells.items():
     config = cell.config
     dataset = data.load(config.dataset, config.data_dir or None, download=False)
-    shown = experiments.trigger_images(config, dataset)
+    shown = driving.trigger_images(config, dataset)
     if len(figure.cells) == 1:
       return report.trigger_figure(shown)
     images = images or shown[:1]

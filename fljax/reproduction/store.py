@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fljax import console as consoles
+from fljax import driver as driving
 from fljax import errors
 from fljax import experiment as experiments
 from fljax import workdir as workdirs
@@ -44,7 +45,7 @@ def digest(settings: dict[str, Any]) -> str:
 class Store:
   """A folder of experiments."""
 
-  def __init__(self, path: str, stop: experiments.Stop):
+  def __init__(self, path: str, stop: driving.Stop):
     """Opens the folder; nothing is written yet.
 
     Args:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from fljax import config as configs
+from fljax import driver
 from fljax.reproduction import paper
 from fljax.reproduction import plan
 
@@ -50,14 +51,12 @@ def test_every_row_has_a_published_number_for_every_column(number):
   "make", [*plan.TABLES.values(), *plan.DISCUSSION.values()]
 )
 def test_columns_are_phases_that_their_experiments_have(make):
-  from fljax import experiment
-
   table = make(BASES)
   for row in table.rows:
     for column in table.columns:
       for variant in plan.variants_of(row, column):
         config = row.cells[variant].config
-        names = [name for name, _, _ in experiment.course(config.phases)]
+        names = [name for name, _, _ in driver.course(config.phases)]
         assert column.phase in ("training", *names)
 
 

@@ -7,6 +7,7 @@ from conftest import write_images
 import pytest
 
 from fljax import config as configs
+from fljax import driver
 from fljax import experiment
 from fljax import models
 from fljax.reproduction import plan
@@ -36,7 +37,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path):
-  return stores.Store(str(tmp_path / "store"), experiment.Stop())
+  return stores.Store(str(tmp_path / "store"), driver.Stop())
 
 
 def _with(config, **changes):

@@ -1,0 +1,676 @@
+"""Drives one experiment through its phases: checkpoints, metrics, the console.
+
+What is computed is in `experiment` (as values) and in the rooms below it; here
+is when, and what becomes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import importlib.metadata
+import platform
+import signal
+import time
+from typing import TYPE_CHECKING
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fljax
+from fljax import config as configs
+from fljax import console as consoles
+from fljax import data
+from fljax import errors
+from fljax import evaluate
+from fljax import federation as federations
+from fljax import models
+from fljax import parallel
+from fljax import population as populations
+from fljax import rounds
+from fljax import triggers
+from fljax import workdir as workdirs
+from fljax.baselines import neural_cleanse
+from fljax.baselines import phases
+from fljax.cleanse import pipeline
+from fljax.cleanse import pruning
+from fljax.cleanse import reports
+
+if TYPE_CHECKING:
+  from fljax.experiment import Experiment
+
+Array = jax.Array
+Config = configs.Config
+
+TRAINING = "training"
+
+
+def interrupted(stop: Stop, path: Any) -> errors.InterruptedRunError:
+  """What is said when a run stops because it was asked to."""
+  # Only some of several processes may have got a signal.
+  by = "another process"
+  if stop.signal is not None:
+    by = signal.Signals(stop.signal).name
+  return errors.InterruptedRunError(
+    f"stopped by {by}; the same command continues the run in {path}."
+  )
+
+
+class Stop:
+  """Whether someone asked the run to stop.
+
+  The first SIGTERM or Ctrl-C lets the block of rounds finish and be saved;
+  the second has its usual effect.
+  """
+
+  def __init__(self) -> None:
+    self.signal: int | None = None
+    self._before: dict[int, Any] = {}
+
+  @classmethod
+  @contextlib.contextmanager
+  def on_signals(cls) -> Iterator[Stop]:
+    """Listens while the block runs; not possible in other threads."""
+    stop = cls()
+    try:
+      for number in (signal.SIGINT, signal.SIGTERM):
+        stop._before[number] = signal.signal(number, stop._handle)
+    except ValueError:  # Not the main thread.
+      pass
+    try:
+      yield stop
+    finally:
+      stop._restore()
+
+  def _handle(self, number: int, frame: Any) -> None:
+    del frame
+    self.signal = number
+    self._restore()
+
+  def _restore(self) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    self._before = {}
+
+
+# One program per network, whoever's: `jax.jit` knows it by this function.
+_accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
+
+
+class Driver:
+  """Drives one experiment through its phases.
+
+  Attributes:
+    experiment: the experiment.
+    workdir: its folder, claimed.
+    console: where it is told.
+    state: the server's state, from `restore` on.
+    seconds: spent in training so far.
+    phases: what results.json will say about those that are done.
+  """
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    workdir: workdirs.Workdir | workdirs.Shared,
+    console: consoles.Console,
+    stop: Stop,
+  ):
+    self.experiment = experiment
+    self.config = experiment.config
+    self.workdir = workdir
+    self.console = console
+    self.stop = stop
+    self.state: Any = None
+    self.seconds = 0.0
+    self.phases: list[dict[str, Any]] = []
+
+  # --- the course of the run -------------------------------------------------
+
+  def restore(self) -> None:
+    """Takes up the newest checkpoint, or begins."""
+    self.state = self.experiment.init_state()
+    restored = self.workdir.restore(self.state)
+    if restored is None and self.config.trained_in:
+      restored = self.workdir.adopt(
+        self.config.trained_in, self.config.training(), self.state
+      )
+    if restored is None:
+      return
+    loaded, progress = restored
+    self.state = parallel.replicate(
+      jax.tree.map(jnp.asarray, loaded), self.experiment.mesh
+    )
+    self.phases, self.seconds = progress.phases, progress.seconds
+    where = f"after round {int(self.state.round)}"
+    if progress.complete:
+      where = f"after phase {progress.phase}"
+    self.console.say(f"continuing in {self.workdir.path} {where}")
+
+  @property
+  def trained(self) -> bool:
+    """Whether training is done."""
+    return any(phase["name"] == TRAINING for phase in self.phases)
+
+  def finish(self) -> dict[str, Any]:
+    """Runs every phase that is not done yet, and writes the results.
+
+    Returns:
+      The contents of results.json.
+    """
+    try:
+      if not self.trained:
+        self._train()
+      done = {phase["name"] for phase in self.phases}
+      for name, kind, side in course(self.config.phases):
+        if name not in done:
+          self._check_stop()
+          after = self._phase(name, kind, self.state)
+          self._finish(name, after, side=side)
+          if not side:
+            self.state = after
+    finally:
+      self.console.stop()
+    results = {
+      "config": self.config.identity(),
+      "environment": environment(),
+      "phases": self.phases,
+      "seed": self.config.seed,
+    }
+    self.workdir.write_json(workdirs.RESULTS, results)
+    write_report(self.config, results, self.workdir, self.experiment.dataset)
+    return results
+
+  def _stopping(self) -> bool:
+    return parallel.anywhere(self.stop.signal is not None)
+
+  def _check_stop(self) -> None:
+    if self._stopping():
+      raise interrupted(self.stop, self.workdir.path)
+
+  def _finish(self, name: str, state: Any, *, side: bool) -> None:
+    """Tells, and saves, the end of a phase."""
+    phase = self.phases[-1]
+    self.console.say(
+      f"{name}: TA {consoles.percent(phase['test_accuracy'])}  AA"
+      f" {consoles.percent(phase['attack_success'])} "
+      f" {consoles.detail(phase)}".rstrip()
+    )
+    self.workdir.save(
+      state,
+      phase=name,
+      complete=True,
+      side=side,
+      phases=self.phases,
+      seconds=0.0,
+    )
+
+  def _record(
+    self, name: str, state: Any, seconds: float, **facts: Any
+  ) -> None:
+    accuracy, success = self._measure(state.params)
+    self.phases.append(
+      {
+        "name": name,
+        "test_accuracy": accuracy,
+        "attack_success": success,
+        "seconds": seconds,
+        **facts,
+      }
+    )
+
+  def _measure(self, params: models.Params) -> tuple[float, float | None]:
+    """TA and AA."""
+    experiment = self.experiment
+    accuracy = _accuracy(experiment.model, params, experiment.test)
+    if experiment.backdoored is None:
+      return float(accuracy), None
+    success = _accuracy(experiment.model, params, experiment.backdoored)
+    return float(accuracy), float(success)
+
+  # --- training --------------------------------------------------------------
+
+  def _train(self) -> None:
+    """Federated training, in blocks between evaluations."""
+    config = self.config
+    state, self.state = self.state, None
+    started = time.perf_counter() - self.seconds
+    done = int(state.round)
+    self.console.start(TRAINING, config.rounds, done)
+    # The second block is looked at: the first one compiles.
+    looked_at = 1 if config.profile else -1
+    blocks = 0
+    while done < config.rounds:
+      length = 1 if blocks == looked_at else self.block_length(done)
+      last_good = jax.tree.map(jnp.copy, state)
+      with self._trace() if blocks == looked_at else contextlib.nullcontext():
+        state, metrics = self.experiment.block(
+          state,
+          self.experiment.federation,
+          self.experiment.key,
+          length,
+          self.experiment.examples,
+        )
+        bad = int(metrics.bad_round)
+      blocks += 1
+      self.seconds = time.perf_counter() - started
+      if bad:
+        raise self.diverged(last_good, bad)
+      done += length
+      line = self.log_training(done, metrics)
+      if line is not None:
+        self.console.advance(
+          done, line["test_accuracy"], line["attack_success"]
+        )
+      self.seconds = time.perf_counter() - started
+      if done < config.rounds and self._stopping():
+        self.save_training(state)
+        self._check_stop()
+      if self.due(done):
+        self.save_training(state)
+    self.console.stop()
+    self.seconds = time.perf_counter() - started
+    self.end_training(state)
+
+  @contextlib.contextmanager
+  def _trace(self) -> Iterator[None]:
+    """Writes what happens on the devices, for TensorBoard and Perfetto."""
+    if jax.process_index():
+      yield
+      return
+    folder = self.workdir.path / workdirs.PROFILE
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+      yield
+    self.console.say(
+      f"trace of a round in {folder}: TensorBoard, or"
+      " perfetto_trace.json.gz at https://ui.perfetto.dev"
+    )
+
+  def block_length(self, done: int) -> int:
+    """Rounds until the next evaluation, checkpoint or the end.
+
+    Every block ends at a multiple, wherever the run was interrupted.
+    """
+    config = self.config
+    return min(
+      config.eval_every - done % config.eval_every,
+      config.checkpoint_every - done % config.checkpoint_every,
+      config.rounds - done,
+    )
+
+  def log_training(
+    self, done: int, metrics: rounds.RoundMetrics
+  ) -> dict[str, Any] | None:
+    """Logs a block's metrics, if they are to be seen after so many rounds."""
+    config = self.config
+    if done % config.eval_every and done != config.rounds:
+      return None
+    line = _line(metrics)
+    self.workdir.log(phase=TRAINING, round=done, **line)
+    return line
+
+  def due(self, done: int) -> bool:
+    """Whether a checkpoint is to be saved after so many rounds."""
+    return (
+      done % self.config.checkpoint_every == 0 and done < self.config.rounds
+    )
+
+  def save_training(self, state: Any) -> None:
+    """Saves a checkpoint within training."""
+    self.workdir.save(
+      state,
+      phase=TRAINING,
+      complete=False,
+      side=False,
+      phases=self.phases,
+      seconds=self.seconds,
+    )
+
+  def end_training(self, state: Any) -> None:
+    """Measures and saves the trained model, which the run goes on from."""
+    self.state = state
+    self._record(TRAINING, state, self.seconds)
+    self._finish(TRAINING, state, side=False)
+
+  def diverged(self, last_good: Any, bad_round: int) -> errors.DivergedError:
+    """Saves the last good state, and says what happened after it."""
+    self.save_training(last_good)
+    return errors.DivergedError(
+      f"training became not finite in round {bad_round}: lower"
+      " --learning_rate or --gamma. The last good checkpoint, of round"
+      f" {int(last_good.round)}, is in"
+      f" {self.workdir.path / workdirs.CHECKPOINTS}."
+    )
+
+  # --- cleansing -------------------------------------------------------------
+
+  def _phase(self, name: str, kind: str, state: Any) -> Any:
+    started = time.perf_counter()
+    run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
+    if kind in run_phase:
+      state, facts, curve = run_phase[kind](name, state)
+    else:
+      state, facts, curve = self._mitigate(kind, state)
+    jax.block_until_ready(state)
+    self._record(name, state, time.perf_counter() - started, **facts)
+    # TA and AA along the curve are for the figures, not for the choice, and
+    # are no part of the phase's time.
+    for line in curve():
+      self.workdir.log(phase=name, **line)
+    return state
+
+  def _curves(self) -> pipeline.Curves:
+    experiment = self.experiment
+    if experiment.validation is not None:
+      return pipeline.validation_curves(experiment.model, experiment.validation)
+    return pipeline.reported_curves(
+      experiment.model,
+      experiment.federation,
+      trim=self.config.report_trim,
+      report=functools.partial(self._reported, kind="accuracies"),
+    )
+
+  def _reported(
+    self, values: Array, *, kind: str, triggered: Array | None = None
+  ) -> Array:
+    """Clients' honest reports as the server receives them."""
+    attack = self.experiment.attack
+
+    @jax.jit
+    def report(
+      values: Array,
+      triggered: Array | None,
+      federation: federations.Federation,
+    ) -> Array:
+      clients = parallel.without_padding(federation)
+      received = attack.report(values, clients, kind=kind, triggered=triggered)
+      return parallel.everywhere(received, federation.mesh)
+
+    clients = self.experiment.federation
+    if isinstance(clients, populations.Population):
+      clients = parallel.replicate(clients.clients, clients.mesh)
+    return report(values, triggered, clients)
+
+  def _shown(self) -> dict[str, evaluate.Examples]:
+    shown = {"test_accuracy": self.experiment.test}
+    if self.experiment.backdoored is not None:
+      shown["attack_success"] = self.experiment.backdoored
+    return shown
+
+  def _prune(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Federated pruning (FP)."""
+    experiment, config, model = (
+      self.experiment,
+      self.config,
+      self.experiment.model,
+    )
+    activations = functools.partial(
+      reports.client_activations, model, state.params
+    )
+    means = populations.ask_clients(activations, experiment.federation)
+    triggered = None
+    if experiment.attack.wants_triggered:
+      triggered = populations.ask_clients(
+        lambda clients: activations(federations.poisoned_only(clients)),
+        experiment.federation,
+      )
+    means = self._reported(means, kind="activations", triggered=triggered)
+    pruned = pipeline.prune(
+      model,
+      state.params,
+      means,
+      self._curves().pruning,
+      method=config.pruning,
+      rate=config.pruning_rate,
+      max_drop=config.pruning_drop,
+    )
+
+    def curve() -> Iterator[dict[str, Any]]:
+      order = jnp.asarray(pruned.order)
+      columns = {
+        key: np.asarray(
+          pruning.pruning_curve(model, state.params, order, examples)
+        )
+        for key, examples in self._shown().items()
+      }
+      for step, accuracy in enumerate(pruned.accuracies):
+        yield {
+          "pruned_neurons": step,
+          "neuron": int(pruned.order[step - 1]) if step else None,
+          "accuracy": float(accuracy),
+          **{key: float(column[step]) for key, column in columns.items()},
+        }
+
+    after = state.replace(params=pruned.params, neuron_mask=pruned.neuron_mask)
+    facts = {"pruned_neurons": pruned.num_pruned, "neurons": model.neurons}
+    return after, facts, curve
+
+  def _fine_tune(
+    self, name: str, state: Any
+  ) -> tuple[Any, dict[str, Any], Any]:
+    """Federated fine-tuning (FT), attackers included."""
+    config, experiment = self.config, self.experiment
+    federation = populations.amplified(
+      experiment.federation, config.fine_tune_gamma
+    )
+    lines: list[dict[str, Any]] = []
+
+    def tell(done: int, state: Any, metrics: rounds.RoundMetrics) -> None:
+      del state
+      line = {"round": done, **_line(metrics)}
+      lines.append(line)
+      self.console.advance(done, line["test_accuracy"], line["attack_success"])
+      # Nothing of this phase is saved before its end; it is short.
+      self._check_stop()
+
+    self.console.start(name, config.fine_tune_rounds, 0)
+    tuned = pipeline.fine_tune(
+      experiment.block,
+      state,
+      federation,
+      experiment.key,
+      rounds=config.fine_tune_rounds,
+      patience=config.fine_tune_patience,
+      examples=experiment.examples,
+      on_round=tell,
+    )
+    self.console.stop()
+    if tuned.bad_round:
+      raise errors.DivergedError(
+        f"fine-tuning became not finite in its round {tuned.rounds}: lower"
+        " --learning_rate or --fine_tune_gamma. The last good checkpoint, of"
+        f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
+      )
+    facts = {"fine_tune_rounds": tuned.rounds}
+    return tuned.state, facts, lambda: iter(lines)
+
+  def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Adjusting extreme weights (AW)."""
+    config, model = self.config, self.experiment.model
+    adjusted = pipeline.adjust(
+      model,
+      state.params,
+      state.neuron_mask,
+      self._curves().delta,
+      start=config.delta_start,
+      step=config.delta_step,
+      max_drop=config.adjusting_drop,
+      statistics_over=config.weight_statistics,
+    )
+    # JSON knows no infinity: None is "no weight was adjusted".
+    finite = [
+      float(delta) if np.isfinite(delta) else None for delta in adjusted.deltas
+    ]
+
+    def curve() -> Iterator[dict[str, Any]]:
+      columns = {
+        key: list(
+          pipeline.delta_accuracies(
+            model,
+            state.params,
+            examples,
+            mean=adjusted.mean,
+            std=adjusted.std,
+            deltas=adjusted.deltas,
+          )
+        )
+        for key, examples in self._shown().items()
+      }
+      for step, accuracy in enumerate(adjusted.accuracies):
+        yield {
+          "delta": finite[step],
+          "accuracy": float(accuracy),
+          **{key: column[step] for key, column in columns.items()},
+        }
+
+    facts = {
+      "zeroed_weights": adjusted.zeroed,
+      "delta": adjusted.delta if np.isfinite(adjusted.delta) else None,
+      "weight_mean": adjusted.mean,
+      "weight_std": adjusted.std,
+    }
+    return state.replace(params=adjusted.params), facts, curve
+
+  def _mitigate(self, kind: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
+    """A baseline, with the server's own images; it has no curve."""
+    config, experiment = self.config, self.experiment
+    assert experiment.validation is not None  # `Config` demands it.
+    key = jax.random.fold_in(jax.random.key(config.seed), 4)
+    if kind == "fine-pruning":
+      mitigated = phases.prune_and_tune(
+        experiment.model,
+        state.params,
+        experiment.validation,
+        key=key,
+        learning_rate=config.server_learning_rate,
+        max_drop=config.pruning_drop,
+      )
+    else:
+      mitigated = phases.cleanse(
+        experiment.model,
+        state.params,
+        state.neuron_mask,
+        experiment.validation,
+        by=kind.removeprefix("nc-"),
+        key=key,
+        settings=neural_cleanse.OFFICIAL._replace(
+          learning_rate=config.nc_learning_rate, steps=config.nc_steps
+        ),
+        learning_rate=config.server_learning_rate,
+        max_drop=config.pruning_drop,
+      )
+    after = state.replace(
+      params=mitigated.params, neuron_mask=mitigated.neuron_mask
+    )
+    after = parallel.replicate(after, experiment.mesh)
+    return after, mitigated.facts, lambda: iter(())
+
+
+def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
+  """What a block's metrics say, as metrics.jsonl has it."""
+  measured = {name: float(value) for name, value in metrics.accuracies.items()}
+  line = {
+    "loss": float(metrics.loss),
+    "test_accuracy": measured["test"],
+    "attack_success": measured.get("backdoored"),
+  }
+  # As in the searches: what the server itself can measure.
+  if "validation" in measured:
+    line["accuracy"] = measured["validation"]
+  return line
+
+
+def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
+  """The phases of a run in order.
+
+  Args:
+    phases: some of `config.PHASES` and `config.BASELINES`, in the order
+      wanted.
+
+  Returns:
+    For each: its name in results.json, its kind, and whether it is a side
+    result that the next phase does not build on. The paper's full process,
+    fp, ft, aw, ends in "all" and also shows "fp+aw".
+  """
+  steps = [
+    ("+".join(phases[: index + 1]), kind, False)
+    for index, kind in enumerate(phases)
+  ]
+  if phases == configs.PHASES:
+    steps[-1] = ("all", "aw", False)
+    steps.insert(1, ("fp+aw", "aw", True))
+  return steps
+
+
+def write_report(
+  config: Config,
+  results: dict[str, Any],
+  workdir: workdirs.Workdir | workdirs.Shared,
+  dataset: data.Dataset | None = None,
+) -> None:
+  """Draws figures and the report of a complete run, if wanted and missing.
+
+  Args:
+    config: its settings.
+    results: the contents of its results.json.
+    workdir: its folder.
+    dataset: its data; None loads it if need be.
+  """
+
+  def write(workdir: workdirs.Workdir) -> None:
+    if (workdir.path / workdirs.REPORT).exists():
+      return
+    # matplotlib is slow to import, and not needed to train.
+    from fljax import report
+
+    images = dataset or data.load(
+      config.dataset, config.data_dir or None, download=config.download
+    )
+    shown = trigger_images(config, images)
+    report.write(workdir, results, shown)
+
+  if config.figures:
+    workdir.report(write)
+
+
+def trigger_images(
+  config: Config, dataset: data.Dataset
+) -> list[tuple[str, np.ndarray]]:
+  """A test image of the victim label, clean and stamped, with captions."""
+  if not config.num_attackers:
+    return []
+  pieces = triggers.pieces(config.trigger, dataset.train_images.shape[1:])
+  victim = dataset.test_labels == config.victim_label
+  image = dataset.test_images[int(np.argmax(victim))]
+  stamped = [("original", image)]
+  if len(pieces) > 1:
+    for index, piece in enumerate(pieces):
+      stamped.append(
+        (f"attacker {index}", np.asarray(triggers.stamp(image, piece)))
+      )
+  stamped.append(
+    (
+      f"{config.victim_label} → {config.target_label}",
+      np.asarray(triggers.stamp(image, triggers.union(pieces))),
+    )
+  )
+  return stamped
+
+
+def environment() -> dict[str, Any]:
+  """What the run ran on."""
+  return {
+    "fljax": fljax.__version__,
+    "python": platform.python_version(),
+    **{
+      name: importlib.metadata.version(name)
+      for name in ("jax", "jaxlib", "flax", "optax")
+    },
+    "platform": platform.platform(),
+    "backend": jax.default_backend(),
+    "devices": jax.device_count(),
+    "device_kind": jax.devices()[0].device_kind,
+  }
