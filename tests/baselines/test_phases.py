@@ -12,10 +12,10 @@ from fljax.baselines import neural_cleanse
 from fljax.baselines import phases
 
 MODEL, PARAMS = planted.model(), planted.params()
-IMAGES, LABELS = make_images(60, seed=3)
+IMAGES, LABELS = make_images(400, seed=3)
 CLEAN = evaluate.batched(IMAGES, LABELS, batch_size=25)
 ALL = jnp.ones(MODEL.neurons, bool)
-SETTINGS = neural_cleanse.Settings(batches_per_step=1, batch_size=60)
+SETTINGS = neural_cleanse.Settings(batches_per_step=1, batch_size=100)
 _measure = jax.jit(evaluate.accuracy, static_argnums=0)
 
 
@@ -40,7 +40,7 @@ def _cleanse(by, params=PARAMS, settings=SETTINGS, **options):
     by=by,
     key=jax.random.key(0),
     settings=settings,
-    **{"learning_rate": 0.1, "max_drop": 0.05, **options},
+    **{"learning_rate": 0.5, "max_drop": 0.05, **options},
   )
 
 
