@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fljax import console as consoles
 from fljax import driver as driving
 from fljax import errors
@@ -24,6 +26,10 @@ from fljax.reproduction.plan import Cell
 from fljax.reproduction.plan import Record
 
 FAILED = "failed.txt"
+# Every compiled program on a CPU holds mappings of memory, a run some 150, of
+# which Linux gives a process 65,530; past them, XLA ends in a segmentation
+# fault. What is forgotten comes back from the compilation cache.
+_FORGET_EVERY = 100
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -56,6 +62,7 @@ class Store:
     self._stop = stop
     # The last experiment of each structure: its programs are compiled.
     self._like: dict[str, experiments.Experiment] = {}
+    self._runs = 0
 
   # --- where ----------------------------------------------------------------
 
@@ -153,6 +160,10 @@ class Store:
     ) as workdir:
       if workdir.results() is not None:
         return True
+      self._runs += 1
+      if self._runs % _FORGET_EVERY == 0:
+        self._like.clear()
+        jax.clear_caches()
       key = digest(config.structure())
       experiment = experiments.setup(config, like=self._like.get(key))
       self._like[key] = experiment
