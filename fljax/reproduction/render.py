@@ -177,6 +177,7 @@ def table(
       "",
       *(f"{note}\n" for note in notes),
       *_markdown_statements(statements),
+      "",
     ]
   )
   section = (
