@@ -74,7 +74,7 @@ def test_windows_pool_to_the_same_values_and_gradients(
   )
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
   size=st.sampled_from(winograd.SIZES),
   height=st.integers(7, 13),
