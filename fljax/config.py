@@ -198,8 +198,20 @@ class Config:
   local_epochs: int = _setting(
     1, "Passes over its data that a client makes per round.", low=1
   )
+  local_steps: int = _setting(
+    0,
+    "Most local steps per round: a client with more data in its"
+    " --local_epochs sees a random part of it. 0 sets no limit.",
+    low=0,
+  )
   batch_size: int = _setting(20, "Images per local step.", low=1)
   learning_rate: float = _setting(0.1, "Local learning rate.", above=0)
+  final_learning_rate: float = _setting(
+    0.0,
+    "Local learning rate of the last round, to which it falls linearly over"
+    " --rounds; 0 keeps --learning_rate.",
+    low=0,
+  )
   momentum: float = _setting(
     0.0, "Momentum of local SGD, afresh in each round.", low=0, high=0.9999
   )
@@ -345,6 +357,13 @@ class Config:
     1.0,
     "Amplification γ that attackers keep up in fine-tuning.",
     low=1,
+    cleansing=True,
+  )
+  fine_tune_learning_rate: float = _setting(
+    0.0,
+    "Local learning rate of fine-tuning; 0 keeps the one of training's last"
+    " round.",
+    low=0,
     cleansing=True,
   )
   adjusting_drop: float = _setting(
@@ -536,6 +555,11 @@ class Config:
   def avoided_neurons(self) -> tuple[int, ...]:
     """The neurons of `attacker_avoids`."""
     return tuple(int(text) for text in self.attacker_avoids.split(",") if text)
+
+  @property
+  def last_learning_rate(self) -> float:
+    """The local learning rate that training ends with."""
+    return self.final_learning_rate or self.learning_rate
 
   @property
   def phases(self) -> tuple[str, ...]:

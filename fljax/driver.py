@@ -453,8 +453,11 @@ class Driver:
   ) -> tuple[Any, dict[str, Any], Any]:
     """Federated fine-tuning (FT), attackers included."""
     config, experiment = self.config, self.experiment
-    federation = populations.amplified(
-      experiment.federation, config.fine_tune_gamma
+    rate = config.fine_tune_learning_rate or config.last_learning_rate
+    federation = populations.for_fine_tuning(
+      experiment.federation,
+      gamma=config.fine_tune_gamma,
+      rate=rate / config.last_learning_rate,
     )
     lines: list[dict[str, Any]] = []
 

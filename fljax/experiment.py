@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 from typing import Any
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -250,6 +252,7 @@ def _programs(
       optimizer(config),
       epochs=config.local_epochs,
       batch_size=config.batch_size,
+      most_steps=config.local_steps,
       last_conv_l2=config.last_conv_l2,
       precision=config.precision,
       attackers_hook=attack.local,
@@ -259,6 +262,7 @@ def _programs(
     cohort_size=0 if on_host else config.clients_per_round,
     server_rate=config.server_rate,
     client_chunk=plan.client_chunk if chunk < 0 else chunk,
+    schedule=schedule(config),
   )
   block = (
     rounds.make_streamed_block(model, run_round, config.clients_per_round)
@@ -290,6 +294,22 @@ def optimizer(config: Config) -> optax.GradientTransformation:
   if not config.weight_decay:
     return sgd
   return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd)
+
+
+def schedule(config: Config) -> Callable[[Array], Array] | None:
+  """The factor of `optimizer`'s learning rate in each round.
+
+  Linear from 1 in the first round to `final_learning_rate` in the last, and
+  constant after it; None if the rate is.
+  """
+  if not config.final_learning_rate:
+    return None
+  fall = 1 - config.final_learning_rate / config.learning_rate
+
+  def factor(done: Array) -> Array:
+    return 1 - fall * jnp.minimum(done / max(config.rounds - 1, 1), 1)
+
+  return factor
 
 
 def _check_labels(config: Config, dataset: data.Dataset) -> None:

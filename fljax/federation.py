@@ -33,6 +33,7 @@ class Federation(struct.PyTreeNode):
     attack_start: int32 [clients], the first round in which it attacks.
     scale: float32 [clients], the attack's amplification γ of the update while
       the client attacks.
+    rate: float32 [clients], what the client's local steps are multiplied by.
     trigger: one trigger per client.
     mesh: where the clients axis is spread over devices; None on one. Set by
       `parallel.place`.
@@ -48,6 +49,7 @@ class Federation(struct.PyTreeNode):
   attacker: Array
   attack_start: Array
   scale: Array
+  rate: Array
   trigger: triggers.Trigger
   mesh: jax.sharding.Mesh | None = struct.field(pytree_node=False, default=None)
   padding: int = struct.field(pytree_node=False, default=0)
@@ -96,6 +98,7 @@ def create(
     attacker=jnp.asarray(ids < num_attackers),
     attack_start=jnp.full(clients, attack_start, jnp.int32),
     scale=jnp.ones(clients, jnp.float32),
+    rate=jnp.ones(clients, jnp.float32),
     trigger=jax.tree.map(
       lambda *leaves: jnp.stack(
         [leaves[client % len(pieces)] for client in range(clients)]

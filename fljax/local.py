@@ -90,6 +90,7 @@ def sgd_training(
   *,
   epochs: int,
   batch_size: int,
+  most_steps: int = 0,
   last_conv_l2: float = 0.0,
   precision: str = "default",
   attackers_hook: Callable[[Params], Params] | None = None,
@@ -105,6 +106,8 @@ def sgd_training(
     optimizer: applied to the masked mean gradient of each batch.
     epochs: passes over the client's data.
     batch_size: samples per step; the last batch of an epoch may be smaller.
+    most_steps: training ends after so many steps, if the epochs have more; a
+      client then sees a random part of its data. 0 sets no limit.
     last_conv_l2: λ of the penalty (λ/2)·Σw² on the target convolution's
       kernel (Section VI-A).
     precision: of matrix products and convolutions, forward and backward: one
@@ -136,6 +139,8 @@ def sgd_training(
     batches = jax.vmap(lambda k: epoch_batches(k, counts, size))(
       jax.random.split(key, epochs)
     ).reshape(-1, size)
+    if most_steps:
+      batches = batches[:most_steps]
 
     def step(carry: Any, indices: Array) -> tuple[Any, tuple[Array, Array]]:
       params, opt_state = carry
@@ -150,6 +155,7 @@ def sgd_training(
         params, images, client.labels[indices], mask
       )
       updates, new_state = optimizer.update(grads, opt_state, params)
+      updates = jax.tree.map(lambda leaf: client.rate * leaf, updates)
       new = optax.apply_updates(params, updates)
       if attackers_hook is not None:
         new = jax.tree.map(

@@ -119,14 +119,29 @@ class Population:
     return jax.device_put(cohort)
 
 
-def amplified(
-  clients: federations.Federation | Population, gamma: float
+def for_fine_tuning(
+  clients: federations.Federation | Population,
+  *,
+  gamma: float,
+  rate: float = 1.0,
 ) -> Any:
-  """The same clients, but that attackers amplify their updates by γ."""
+  """The same clients with another amplification and other local steps.
+
+  Args:
+    clients: all of them.
+    gamma: γ by which attackers amplify their updates.
+    rate: what everybody's local steps are multiplied by, beside what they
+      are already.
+
+  Returns:
+    The clients.
+  """
   if isinstance(clients, Population):
-    return clients.with_clients(amplified(clients.clients, gamma))
+    return clients.with_clients(
+      for_fine_tuning(clients.clients, gamma=gamma, rate=rate)
+    )
   scale = jnp.where(clients.attacker, jnp.float32(gamma), clients.scale)
-  return clients.replace(scale=scale)
+  return clients.replace(scale=scale, rate=jnp.float32(rate) * clients.rate)
 
 
 def ask_clients(

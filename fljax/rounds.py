@@ -153,6 +153,7 @@ def make_round(
   cohort_size: int = 0,
   server_rate: float = 1.0,
   client_chunk: int = 0,
+  schedule: Callable[[Array], Array | float] | None = None,
 ) -> Round:
   """Builds the federated round.
 
@@ -170,6 +171,9 @@ def make_round(
     client_chunk: clients trained at once on a device, see
       `parallel.map_clients`; memory grows with it, unless the aggregator or
       the attack needs all updates at once.
+    schedule: of local learning rates: from the rounds done so far, an int32
+      scalar, what every client's local steps are multiplied by. None does
+      not change them.
 
   Returns:
     The round: (state, federation, key) -> (state, metrics). The key is that
@@ -208,6 +212,8 @@ def make_round(
       cohort = parallel.gather_cohort(federation, chosen)
     else:
       cohort = federation
+    if schedule is not None:
+      cohort = cohort.replace(rate=cohort.rate * schedule(state.round))
     active = federations.active_attackers(cohort, state.round)
     counts = federations.training_mask(cohort, active).sum(axis=1)
     weights = counts[: cohort.num_clients].astype(jnp.float32)

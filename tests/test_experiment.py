@@ -174,6 +174,8 @@ def test_the_same_config_gives_the_same_bits(config):
     {"attacker_avoids": "0,3", "num_attackers": 2},
     {"cleanse": "nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
+    {"local_steps": 2, "final_learning_rate": 0.01},
+    {"fine_tune_learning_rate": 0.02, "fine_tune_gamma": 2.0},
     {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},
   ],
   ids=lambda changes: ",".join(changes),
@@ -186,6 +188,19 @@ def test_every_way_of_running_ends_well(config, changes):
   assert all(
     (value is None) == (changes.get("num_attackers") == 0) for value in success
   )
+
+
+def test_the_learning_rate_falls_to_its_last_round_and_stays(config):
+  config = _with(config, rounds=5, learning_rate=0.2, final_learning_rate=0.04)
+  factor = experiment.schedule(config)
+  rates = [0.2 * float(factor(done)) for done in range(8)]
+  np.testing.assert_allclose(
+    rates, [0.2, 0.16, 0.12, 0.08, 0.04, 0.04, 0.04, 0.04], rtol=1e-6
+  )
+  assert config.last_learning_rate == 0.04
+  constant = _with(config, final_learning_rate=0.0)
+  assert experiment.schedule(constant) is None
+  assert constant.last_learning_rate == 0.2
 
 
 def test_a_complete_run_is_not_run_again(config, monkeypatch):

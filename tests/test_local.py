@@ -114,6 +114,52 @@ def test_training_equals_a_plain_loop(model, params, l2, momentum):
   assert np.isfinite(loss) and loss > 0
 
 
+def test_most_steps_end_training_within_an_epoch(model, params):
+  federation, _ = make_federation(samples=10, attackers=0)
+  client = federations.select(federation, 0)
+  mask, active = jnp.ones(model.neurons, bool), jnp.asarray(False)
+  key = jax.random.key(4)
+  limited = make_training(model, epochs=1, most_steps=2)
+  trained, _ = limited(params, client, mask, active, key)
+  seen = local.epoch_batches(jax.random.split(key, 1)[0], client.mask, 4)[:2]
+  unseen = np.setdiff1d(np.arange(10), seen)
+  assert len(unseen) == 2
+  changed = client.images.at[unseen].set(255 - client.images[unseen])
+  again, _ = limited(params, client.replace(images=changed), mask, active, key)
+  chex.assert_trees_all_equal(trained, again)
+  whole, _ = make_training(model, epochs=1)(params, client, mask, active, key)
+  loose, _ = make_training(model, epochs=1, most_steps=3)(
+    params, client, mask, active, key
+  )
+  chex.assert_trees_all_equal(whole, loose)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(whole, trained)
+
+
+@given(rate=st.sampled_from([0.25, 0.5, 2.0]), momentum=st.booleans())
+def test_a_clients_rate_multiplies_its_learning_rate(
+  model, params, rate, momentum
+):
+  federation, _ = make_federation()
+  client = federations.select(federation, 0)
+  mask, active = jnp.ones(model.neurons, bool), jnp.asarray(True)
+
+  def trained(learning_rate, client):
+    optimizer = optax.chain(
+      optax.add_decayed_weights(0.1),
+      optax.sgd(learning_rate, momentum=0.5 if momentum else None),
+    )
+    train = local.sgd_training(model, optimizer, epochs=2, batch_size=4)
+    return train(params, client, mask, active, jax.random.key(1))[0]
+
+  chex.assert_trees_all_close(
+    trained(0.1, client.replace(rate=jnp.float32(rate))),
+    trained(0.1 * rate, client),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
 def test_a_client_without_samples_keeps_the_global_model(model, params):
   federation, _ = make_federation()
   client = federations.select(federation, 1)

@@ -62,9 +62,20 @@ def test_training_is_the_same_wherever_the_images_are(model, lengths):
   assert found.accuracies == metrics.accuracies
 
 
+def test_fine_tuning_has_its_own_amplification_and_rate(model):
+  federation, population, _ = make_both()
+  for clients in (federation, population):
+    tuned = populations.for_fine_tuning(clients, gamma=1.5, rate=0.25)
+    if clients is population:
+      tuned = tuned.clients
+    expected = np.where(federation.attacker, 1.5, 1)
+    np.testing.assert_array_equal(tuned.scale, expected)
+    np.testing.assert_array_equal(tuned.rate, 0.25 * federation.rate)
+
+
 def test_the_first_bad_round_is_told(model):
   _, population, attack = make_both()
-  diverging = populations.amplified(population, 1e38)
+  diverging = populations.for_fine_tuning(population, gamma=1e38)
   block = rounds.make_streamed_block(model, make_round(model, attack), 6)
   _, metrics = block(make_state(model), diverging, KEY, 4)
   assert int(metrics.bad_round) in (1, 2)

@@ -228,6 +228,22 @@ def test_only_the_cohort_trains(model):
   chex.assert_trees_all_equal(after.params, before.params)
 
 
+def test_a_schedule_multiplies_the_local_steps_round_by_round(model):
+  federation, attack = make_federation(gamma=2.0)
+
+  def halves(done):
+    return jnp.exp2(-done.astype(jnp.float32))
+
+  scheduled = jax.jit(make_round(model, attack, schedule=halves))
+  plain = jax.jit(make_round(model, attack))
+  state = expected = make_state(model)
+  for index in range(3):
+    state, _ = scheduled(state, federation, KEY)
+    slower = federation.replace(rate=federation.rate * 0.5**index)
+    expected, _ = plain(expected, slower, KEY)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-6)
+
+
 def test_the_first_bad_round_is_told(model):
   federation, _ = make_federation()
 
