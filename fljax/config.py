@@ -557,6 +557,13 @@ class Config:
     return tuple(int(text) for text in self.attacker_avoids.split(",") if text)
 
   @property
+  def steps_per_round(self) -> int:
+    """The local steps of a client with `samples_per_client` images."""
+    size = min(self.batch_size, self.samples_per_client)
+    steps = self.local_epochs * -(-self.samples_per_client // size)
+    return min(steps, self.local_steps or steps)
+
+  @property
   def last_learning_rate(self) -> float:
     """The local learning rate that training ends with."""
     return self.final_learning_rate or self.learning_rate

@@ -225,10 +225,9 @@ def mnist_round() -> tuple[Callable[[], Any], dict[str, Any]]:
   facts = facts_of_training(
     config.model, built.model.image_shape, config.batch_size
   )
-  facts["images"] = (
-    built.federation.num_clients
-    * config.samples_per_client
-    * config.local_epochs
+  facts["images"] = built.federation.num_clients * min(
+    config.steps_per_round * config.batch_size,
+    config.local_epochs * config.samples_per_client,
   )
   return repeat, facts
 

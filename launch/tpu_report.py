@@ -300,9 +300,7 @@ def report(flagfile: str, mesh: parallel.Mesh) -> dict[str, Any]:
     The figures of each program, or its failure.
   """
   config = read(flagfile)
-  steps = config.local_epochs * -(
-    -config.samples_per_client // config.batch_size
-  )
+  steps = config.steps_per_round
   found: dict[str, Any] = {
     "experiment": Path(flagfile).name,
     "steps_per_round": steps,

@@ -101,6 +101,20 @@ def test_gamma_may_reach_clients_over_server_rate():
   config.Config(num_attackers=0, victim_label=0, target_label=0)
 
 
+@pytest.mark.parametrize(
+  "changes, steps",
+  [
+    ({"samples_per_client": 1500}, 75),
+    ({"samples_per_client": 1501, "local_epochs": 2}, 152),
+    ({"samples_per_client": 4800, "local_steps": 75}, 75),
+    ({"samples_per_client": 100, "local_steps": 75}, 5),
+    ({"samples_per_client": 7}, 1),
+  ],
+)
+def test_the_steps_of_a_round_are_counted(changes, steps):
+  assert config.Config(**changes).steps_per_round == steps
+
+
 def test_the_identity_leaves_out_where_and_what_is_shown():
   one = config.Config(workdir="a", figures=False, data_dir="x")
   two = config.Config(workdir="b")
