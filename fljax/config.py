@@ -348,8 +348,8 @@ class Config:
   fine_tune_patience: int = _setting(
     5,
     "Fine-tuning stops after so many rounds without better validation"
-    " accuracy, and keeps the last model; 0, or no validation images, runs"
-    " all rounds.",
+    " accuracy; 0 runs all rounds. Either way the best round's model is kept;"
+    " without validation images all rounds are run and the last is kept.",
     low=0,
     cleansing=True,
   )

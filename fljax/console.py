@@ -92,7 +92,9 @@ def detail(phase: dict[str, Any]) -> str:
   if "pruned_neurons" in phase:
     parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
   if "fine_tune_rounds" in phase:
-    parts.append(f"{phase['fine_tune_rounds']} rounds")
+    ran, kept = phase["fine_tune_rounds"], phase.get("kept_round")
+    undone = "" if kept in (None, ran) else f" of {ran}"
+    parts.append(f"{ran if kept is None else kept}{undone} rounds")
   if "delta" in phase:
     delta = phase["delta"]
     threshold = "no change" if delta is None else f"delta {delta:g}"

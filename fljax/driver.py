@@ -487,7 +487,7 @@ class Driver:
         " --learning_rate or --fine_tune_gamma. The last good checkpoint, of"
         f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
       )
-    facts = {"fine_tune_rounds": tuned.rounds}
+    facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}
     return tuned.state, facts, lambda: iter(lines)
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_is_promised(config):
   training, fp, fp_aw, ft, whole = results["phases"]
   assert training["test_accuracy"] > 0.9
   assert 0 <= fp["pruned_neurons"] <= fp["neurons"] == 8
-  assert ft["fine_tune_rounds"] == 3
+  assert ft["fine_tune_rounds"] == 3 and 1 <= ft["kept_round"] <= 3
   for phase in (fp_aw, whole):
     assert phase["zeroed_weights"] >= 0 and "delta" in phase
   assert results["seed"] == 0 and results["config"] == config.identity()
@@ -112,6 +112,10 @@ def test_a_run_leaves_what_is_promised(config):
   phases = [line["phase"] for line in lines]
   assert phases.count("training") == 3 and phases.count("fp") == 9
   assert phases.count("fp+ft") == 3
+  tuning = [line for line in lines if line["phase"] == "fp+ft"]
+  kept = tuning[ft["kept_round"] - 1]
+  assert kept["accuracy"] == max(line["accuracy"] for line in tuning)
+  assert kept["test_accuracy"] == pytest.approx(ft["test_accuracy"])
   assert [line["round"] for line in lines[:3]] == [2, 4, 6]
   figures = {path.name for path in (folder / "figures").iterdir()}
   assert figures == {

@@ -189,13 +189,15 @@ class FineTuned(NamedTuple):
   """Outcome of federated fine-tuning.
 
   Attributes:
-    state: the server's state after the last round.
+    state: the server's state after the round that was kept.
     rounds: how many rounds were run.
+    kept: which of them that was; 0 if none was run.
     bad_round: whether the last of them was not finite.
   """
 
   state: rounds_lib.ServerState
   rounds: int
+  kept: int
   bad_round: bool
 
 
@@ -233,28 +235,36 @@ def fine_tune(
     on_round: is told rounds done, state and metrics after each.
 
   Returns:
-    The state after the last round, not of the best one: the server stops
-    "when the accuracy does not improve any further".
+    The state after the round that was best on the validation images, the
+    first of equals: the server stops "when the accuracy does not improve any
+    further", and rounds that did not improve it are undone, as everywhere in
+    cleansing. Without validation images, the state after the last round.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-B, Equation 2.
   """
-  state = jax.tree.map(jnp.copy, state)
-  best, waited = float("-inf"), 0
+  state = jax.tree.map(jnp.copy, state)  # Blocks donate theirs.
+  chosen = FineTuned(state, 0, 0, False)
+  best = float("-inf")
   for done in range(1, rounds + 1):
     state, metrics = block(state, federation, key, 1, examples)
     if int(metrics.bad_round):
-      return FineTuned(state, done, True)
-    if "validation" in metrics.accuracies:
-      measured = float(metrics.accuracies["validation"])
-      waited = 0 if measured > best else waited + 1
-      best = max(best, measured)
+      return FineTuned(state, done, done, True)
     if on_round is not None:
       on_round(done, state, metrics)
-    if patience and waited >= patience:
-      return FineTuned(state, done, False)
-  return FineTuned(state, rounds, False)
+    if "validation" not in metrics.accuracies:
+      chosen = FineTuned(state, done, done, False)
+      continue
+    chosen = chosen._replace(rounds=done)
+    measured = float(metrics.accuracies["validation"])
+    if measured > best:
+      best = measured
+      kept = jax.tree.map(jnp.copy, state) if done < rounds else state
+      chosen = FineTuned(kept, done, done, False)
+    elif patience and done - chosen.kept >= patience:
+      break
+  return chosen
 
 
 class Adjusted(NamedTuple):

@@ -163,3 +163,53 @@ def test_weights_can_be_adjusted_without_validation_images(model, trained):
   kept = selection.last_above(adjusted.accuracies, adjusted.accuracies[0] - 0.3)
   assert adjusted.deltas[kept] == adjusted.delta
   assert adjusted.zeroed > 0
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2, 5])
+@pytest.mark.parametrize(
+  "measured", [[0.5, 0.7, 0.6, 0.7, 0.4, 0.8], [0.5], [0.9, 0.1, 0.2], []]
+)
+def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
+  model, measured, patience
+):
+  accuracies = iter(measured)
+
+  def block(state, federation, key, length, examples):
+    del federation, key, examples
+    after = jax.tree.map(jnp.copy, state.replace(round=state.round + length))
+    jax.tree.map(lambda x: x.delete(), state)  # Blocks donate it.
+    metrics = rounds.RoundMetrics(
+      loss=jnp.zeros(()),
+      bad_round=jnp.zeros((), jnp.int32),
+      accuracies={"validation": jnp.float32(next(accuracies))},
+    )
+    return after, metrics
+
+  # Brute force: who waits for `patience` rounds after the last better one.
+  ran = len(measured)
+  if patience:
+    for done in range(1, len(measured) + 1):
+      best = int(np.argmax(measured[:done])) + 1
+      if done - best >= patience:
+        ran = done
+        break
+  state = make_state(model)
+  tuned = pipeline.fine_tune(
+    block, state, None, None, rounds=len(measured), patience=patience
+  )
+  assert tuned.rounds == ran and not tuned.bad_round
+  assert tuned.kept == (int(np.argmax(measured[:ran])) + 1 if ran else 0)
+  assert int(tuned.state.round) == int(state.round) + tuned.kept
+
+
+def test_fine_tuning_without_validation_images_keeps_the_last_round(
+  model, trained
+):
+  params, federation, _ = trained
+  block = rounds.make_block(model, make_round(model))
+  state = make_state(model).replace(params=params)
+  tuned = pipeline.fine_tune(
+    block, state, federation, jax.random.key(0), rounds=2, patience=1
+  )
+  assert (tuned.rounds, tuned.kept) == (2, 2)
+  assert int(tuned.state.round) == int(state.round) + 2
