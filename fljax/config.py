@@ -25,7 +25,8 @@ from fljax.cleanse import weights
 
 PHASES = ("fp", "ft", "aw")
 # Defences to compare with; the server uses its own validation images.
-BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning")
+# The last one is no defence but a bound: it sees test images and AA.
+BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
 _LARGEST = 2**31 - 1
 
 
@@ -312,7 +313,9 @@ class Config:
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
     " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
-    " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning. Empty for none.",
+    " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, and nc-oracle"
+    " (Neural Cleanse told the target label, on the test images, the best of"
+    " several by AA). Empty for none.",
     cleansing=True,
   )
   pruning: str = _setting(
@@ -517,9 +520,16 @@ class Config:
         " most once, separated by commas."
       )
     baselines = [phase for phase in self.phases if phase in BASELINES]
-    if baselines and not self.validation_size:
+    oracle = "nc-oracle"
+    if oracle in baselines and not self.num_attackers:
       raise errors.ConfigError(
-        f"--cleanse={self.cleanse}: {baselines[0]} needs the server's own"
+        f"--cleanse={self.cleanse}: {oracle} chooses by the attack's success,"
+        " and --num_attackers is 0."
+      )
+    deployable = [phase for phase in baselines if phase != oracle]
+    if deployable and not self.validation_size:
+      raise errors.ConfigError(
+        f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
     try:

@@ -89,6 +89,12 @@ def detail(phase: dict[str, Any]) -> str:
   if "flagged_labels" in phase:
     labels = ", ".join(map(str, phase["flagged_labels"]))
     parts.append(f"flagged: {labels or 'none'}")
+  if "oracle" in phase:
+    best = phase["oracle"]
+    parts.append(
+      f"oracle: {best['by']}, rate {best['nc_learning_rate']:g}, of"
+      f" {len(phase['oracle_tried'])} by AA"
+    )
   if "pruned_neurons" in phase:
     parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
   if "fine_tune_rounds" in phase:

@@ -538,32 +538,44 @@ class Driver:
     return state.replace(params=adjusted.params), facts, curve
 
   def _mitigate(self, kind: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
-    """A baseline, with the server's own images; it has no curve."""
+    """A baseline, with images of the server's own; it has no curve."""
     config, experiment = self.config, self.experiment
-    assert experiment.validation is not None  # `Config` demands it.
-    key = jax.random.fold_in(jax.random.key(config.seed), 4)
-    if kind == "fine-pruning":
+    subject = (experiment.model, state.params)
+    tuning: dict[str, Any] = {
+      "key": jax.random.fold_in(jax.random.key(config.seed), 4),
+      "learning_rate": config.server_learning_rate,
+      "max_drop": config.pruning_drop,
+    }
+    reversal = neural_cleanse.OFFICIAL._replace(
+      learning_rate=config.nc_learning_rate, steps=config.nc_steps
+    )
+    # `Config` demands attackers for the oracle, and validation images for all
+    # others.
+    if kind == "nc-oracle":
+      assert experiment.backdoored is not None
+      mitigated = phases.cleanse_as_oracle(
+        *subject,
+        state.neuron_mask,
+        experiment.test,
+        experiment.backdoored,
+        target=config.target_label,
+        settings=reversal._replace(**phases.ORACLE_BATCHES),
+        **tuning,
+      )
+    elif kind == "fine-pruning":
+      assert experiment.validation is not None
       mitigated = phases.prune_and_tune(
-        experiment.model,
-        state.params,
-        experiment.validation,
-        key=key,
-        learning_rate=config.server_learning_rate,
-        max_drop=config.pruning_drop,
+        *subject, experiment.validation, **tuning
       )
     else:
+      assert experiment.validation is not None
       mitigated = phases.cleanse(
-        experiment.model,
-        state.params,
+        *subject,
         state.neuron_mask,
         experiment.validation,
         by=kind.removeprefix("nc-"),
-        key=key,
-        settings=neural_cleanse.OFFICIAL._replace(
-          learning_rate=config.nc_learning_rate, steps=config.nc_steps
-        ),
-        learning_rate=config.server_learning_rate,
-        max_drop=config.pruning_drop,
+        settings=reversal,
+        **tuning,
       )
     after = state.replace(
       params=mitigated.params, neuron_mask=mitigated.neuron_mask

@@ -85,6 +85,7 @@ def test_every_range_is_checked(field):
     ({"cleanse": "fp,fp"}, "at most once"),
     ({"cleanse": "fp,xx"}, "must name"),
     ({"cleanse": "fp,nc-prune", "validation_size": 0}, "server's own"),
+    ({"cleanse": "nc-oracle", "num_attackers": 0}, "--num_attackers is 0"),
     ({"attacker_avoids": "1,x"}, "must be numbers of neurons"),
     ({"attacker_avoids": "1,-2"}, "numbered from 0"),
     ({"workdir": ""}, "workdir must not be empty"),

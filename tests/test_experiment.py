@@ -178,6 +178,7 @@ def test_the_same_config_gives_the_same_bits(config):
     {"attacker_avoids": "0,3", "num_attackers": 2},
     {"cleanse": "nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
+    {"cleanse": "nc-oracle", "nc_steps": 2, "validation_size": 0},
     {"local_steps": 2, "final_learning_rate": 0.01},
     {"fine_tune_learning_rate": 0.02, "fine_tune_gamma": 2.0},
     {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},

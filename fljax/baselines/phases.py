@@ -1,11 +1,13 @@
 """The baselines as phases of a run: state in, state and facts out.
 
-They are deployable: the server uses its own validation images, for everything,
-and nothing else.
+`cleanse` and `prune_and_tune` are deployable: the server uses its own
+validation images, for everything, and nothing else. `cleanse_as_oracle` is
+not, and says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
 
 Array = jax.Array
+
+_accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
 
 
 class Mitigated(NamedTuple):
@@ -81,49 +85,167 @@ def cleanse(
     The mitigated model. The facts name the flagged classes; if there is none,
     the model is as it was.
   """
-  images, labels = server_images(validation)
+  images, _ = server_images(validation)
   reverse_key, unlearn_key = jax.random.split(key)
   found = neural_cleanse.reverse_triggers(
     model, params, images, key=reverse_key, settings=settings
   )
   suspects = neural_cleanse.outliers(found.norms)
   flagged = np.flatnonzero(np.asarray(suspects.flagged))
-  pruned = 0
+  before = neuron_mask
   for position in flagged:
-    mask, pattern = found.masks[position], found.patterns[position]
-    if by == "prune":
-      after = neural_cleanse.prune(
-        model,
-        params,
-        mask,
-        pattern,
-        validation,
-        target=found.targets[position],
-        max_drop=max_drop,
-      )
-      params = after.params
-      neuron_mask = neuron_mask & after.neuron_mask
-      pruned += after.num_pruned
-    else:
-      params = neural_cleanse.unlearn(
-        model,
-        params,
-        images,
-        labels,
-        mask,
-        pattern,
-        key=jax.random.fold_in(unlearn_key, position),
-        optimizer=optax.sgd(learning_rate),
-        neuron_mask=neuron_mask,
-      )
+    params, neuron_mask = _remove(
+      model,
+      params,
+      neuron_mask,
+      validation,
+      found,
+      position,
+      by=by,
+      key=jax.random.fold_in(unlearn_key, position),
+      learning_rate=learning_rate,
+      max_drop=max_drop,
+    )
   facts = {
     "flagged_labels": [int(found.targets[position]) for position in flagged],
     "anomaly_indices": np.asarray(suspects.anomaly, float).tolist(),
     "trigger_norms": np.asarray(found.norms, float).tolist(),
   }
   if by == "prune":
-    facts.update(pruned_neurons=pruned, neurons=model.neurons)
+    facts.update(
+      pruned_neurons=int((before & ~neuron_mask).sum()), neurons=model.neurons
+    )
   return Mitigated(params, neuron_mask, facts)
+
+
+def _remove(
+  model: models.Model,
+  params: models.Params,
+  neuron_mask: Array,
+  examples: evaluate.Examples,
+  found: neural_cleanse.Reversed,
+  position: int,
+  *,
+  by: str,
+  key: Array,
+  learning_rate: float,
+  max_drop: float,
+) -> tuple[models.Params, Array]:
+  """Removes what one of the reversed triggers stands for."""
+  mask, pattern = found.masks[position], found.patterns[position]
+  if by == "prune":
+    after = neural_cleanse.prune(
+      model,
+      params,
+      mask,
+      pattern,
+      examples,
+      target=found.targets[position],
+      max_drop=max_drop,
+    )
+    return after.params, neuron_mask & after.neuron_mask
+  params = neural_cleanse.unlearn(
+    model,
+    params,
+    *server_images(examples),
+    mask,
+    pattern,
+    key=key,
+    optimizer=optax.sgd(learning_rate),
+    neuron_mask=neuron_mask,
+  )
+  return params, neuron_mask
+
+
+# The paper's, Section V-B: "learning rates ranging from 0.1 to 0.5", 1,000
+# steps, "1000 samples in each mini-batch".
+ORACLE_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
+ORACLE_BATCHES = {"batches_per_step": 1, "batch_size": 1000}
+
+
+def cleanse_as_oracle(
+  model: models.Model,
+  params: models.Params,
+  neuron_mask: Array,
+  test: evaluate.Examples,
+  backdoored: evaluate.Examples,
+  *,
+  target: int,
+  key: Array,
+  settings: neural_cleanse.Settings,
+  rates: Sequence[float] = ORACLE_RATES,
+  learning_rate: float,
+  max_drop: float,
+) -> Mitigated:
+  """Neural Cleanse as no server could run it: the best of several, by AA.
+
+  As the paper compares itself with it: on the test images, with several
+  learning rates of the reversal, of which the one with the lowest attack
+  success is reported. In addition, this oracle is told the target label, so
+  that detection cannot fail, and tries pruning and unlearning.
+
+  Args:
+    model: the network.
+    params: the trained model.
+    neuron_mask: bool [neurons], False for neurons pruned before.
+    test: the test images.
+    backdoored: what AA is measured on.
+    target: the attackers' target label.
+    key: random key.
+    settings: of the reversal; its learning rate is replaced.
+    rates: the learning rates tried.
+    learning_rate: of unlearning.
+    max_drop: accuracy that pruning may cost.
+
+  Returns:
+    The model with the lowest AA, of equals the one with the highest TA. The
+    facts tell what was chosen, and all that was tried.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Section V-B and Table IV.
+  """
+  images, _ = server_images(test)
+  reverse_key, unlearn_key = jax.random.split(key)
+  tried: list[tuple[tuple[float, float], models.Params, Array]] = []
+  told: list[dict[str, Any]] = []
+  for rate in rates:
+    found = neural_cleanse.reverse_triggers(
+      model,
+      params,
+      images,
+      key=reverse_key,
+      targets=[target],
+      settings=settings._replace(learning_rate=rate),
+    )
+    for by in ("prune", "unlearn"):
+      after, mask = _remove(
+        model,
+        params,
+        neuron_mask,
+        test,
+        found,
+        0,
+        by=by,
+        key=unlearn_key,
+        learning_rate=learning_rate,
+        max_drop=max_drop,
+      )
+      accuracy = float(_accuracy(model, after, test))
+      success = float(_accuracy(model, after, backdoored))
+      tried.append(((success, -accuracy), after, mask))
+      told.append(
+        {
+          "by": by,
+          "nc_learning_rate": rate,
+          "trigger_norm": float(found.norms[0]),
+          "test_accuracy": accuracy,
+          "attack_success": success,
+        }
+      )
+  best = min(range(len(tried)), key=lambda index: tried[index][0])
+  _, after, mask = tried[best]
+  return Mitigated(after, mask, {"oracle": told[best], "oracle_tried": told})
 
 
 def prune_and_tune(

@@ -77,6 +77,46 @@ def test_without_a_suspect_the_model_stays():
     np.testing.assert_array_equal(one, other)
 
 
+def test_the_oracle_takes_the_lowest_attack_success_of_what_it_tried():
+  stamped = evaluate.backdoored(
+    *make_images(60, seed=4),
+    trigger=planted.TRIGGER,
+    victim_label=0,
+    target_label=TARGET,
+    over="others",
+    batch_size=25,
+  )
+  after = phases.cleanse_as_oracle(
+    MODEL,
+    PARAMS,
+    ALL,
+    CLEAN,
+    stamped,
+    target=TARGET,
+    key=jax.random.key(0),
+    settings=SETTINGS._replace(steps=60),
+    rates=(0.001, 0.2),
+    learning_rate=0.5,
+    max_drop=0.05,
+  )
+  tried = after.facts["oracle_tried"]
+  assert [(one["by"], one["nc_learning_rate"]) for one in tried] == [
+    ("prune", 0.001),
+    ("unlearn", 0.001),
+    ("prune", 0.2),
+    ("unlearn", 0.2),
+  ]
+  best = after.facts["oracle"]
+  assert best in tried
+  assert best["attack_success"] == min(one["attack_success"] for one in tried)
+  # What is returned is the model that was told of.
+  assert best["attack_success"] == pytest.approx(_success(after.params))
+  assert best["attack_success"] < 0.3 < _success(PARAMS)
+  assert best["test_accuracy"] == pytest.approx(
+    float(_measure(MODEL, after.params, CLEAN))
+  )
+
+
 def test_fine_pruning_prunes_and_tunes():
   after = phases.prune_and_tune(
     MODEL,
