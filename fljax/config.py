@@ -439,10 +439,11 @@ class Config:
   )
   precision: str = _setting(
     "default",
-    "Precision of the products in training. 'default' is the backend's fastest:"
-    " bfloat16 on TPU, TF32 on newer GPUs; 'highest' is float32 everywhere."
-    " Reports, searches and evaluations always take 'highest'; CPUs know no"
-    " other.",
+    "Precision of the products in training. 'default' is the backend's fastest"
+    " with float32 arrays: factors are rounded to bfloat16 on TPU, to TF32 on"
+    " newer GPUs. 'highest' is float32 everywhere. 'bfloat16', for"
+    " accelerators, stores activations in that type too. Reports, searches and"
+    " evaluations always take 'highest'.",
     choices=execution.PRECISIONS,
   )
   devices: int = _setting(

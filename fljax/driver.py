@@ -559,7 +559,7 @@ class Driver:
         experiment.test,
         experiment.backdoored,
         target=config.target_label,
-        settings=reversal._replace(**phases.ORACLE_BATCHES),
+        settings=phases.ORACLE._replace(steps=config.nc_steps),
         **tuning,
       )
     elif kind == "fine-pruning":

@@ -16,16 +16,23 @@ from typing import ParamSpec
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from fljax import layers
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-# Of products of float32 arrays. On CPU all three are float32; TPUs round the
-# factors to bfloat16 at "default" and take three or six passes of that for
-# the others; Hopper GPUs round to TF32 at "default".
-PRECISIONS = ("default", "high", "highest")
+# Of products of float32 arrays. On CPU the first three are float32; TPUs round
+# the factors to bfloat16 at "default" and take three or six passes of that for
+# the others; Hopper GPUs round to TF32 at "default". At "bfloat16" everything
+# between the parameters and the loss is stored in that type as well.
+PRECISIONS = ("default", "high", "highest", "bfloat16")
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+  """The type of weights and activations in a forward and backward pass."""
+  return jnp.dtype(jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
 
 
 def at_precision(
@@ -43,13 +50,15 @@ def at_precision(
     A decorator; under `jax.jit` it stands inside, as tracing is what it acts
     on.
   """
+  # Factors that are bfloat16 already have nothing to be rounded.
+  products = "default" if precision == "bfloat16" else precision
 
   def decorate(
     function: Callable[_Arguments, _Result],
   ) -> Callable[_Arguments, _Result]:
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-      with jax.default_matmul_precision(precision):
+      with jax.default_matmul_precision(products):
         return function(*args, **kwargs)
 
     return wrapped

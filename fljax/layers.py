@@ -37,8 +37,9 @@ class Forms(NamedTuple):
       `vmap` over kernels is a true batch dimension), "blocks" (the same, but
       where a pooling follows, one row of the product yields all four outputs
       of a pooling window), "winograd" (fewer multiplications, see `winograd`,
-      for kernels of size 3 and 5, 8 channels and 4 x 4 outputs or more; with
-      fewer channels "blocks", with fewer outputs "slices") or "lax"
+      for float32 kernels of size 3 and 5, 8 channels and 4 x 4 outputs or more;
+      with fewer channels or another type "blocks", with fewer outputs
+      "slices") or "lax"
       (`lax.conv_general_dilated`).
     pooling: "reshape" (maximum over two split axes) or "lax"
       (`lax.reduce_window`).
@@ -317,11 +318,12 @@ class Conv(nn.Module):
     even = not any(side % 2 for side in sides)
     by_windows = self.then == "pool" or (self.then == "pool later" and even)
     form = self.forms.conv
-    few = shape[2] < _FEW_CHANNELS
+    # Changes of basis cost digits that bfloat16 does not have.
+    direct = shape[2] < _FEW_CHANNELS or kernel.dtype != jnp.float32
     if (
       form == "winograd"
       and self.size in winograd.SIZES
-      and not few
+      and not direct
       and min(sides) >= winograd.TILE
     ):
       padded = _pad(images, self.padding)
@@ -329,7 +331,7 @@ class Conv(nn.Module):
     elif (
       by_windows
       and self.size % 2
-      and (form == "blocks" or (form == "winograd" and few))
+      and (form == "blocks" or (form == "winograd" and direct))
     ):
       out = convolve_windows(images, kernel, padding=self.padding)
     else:

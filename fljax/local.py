@@ -111,17 +111,21 @@ def sgd_training(
     last_conv_l2: λ of the penalty (λ/2)·Σw² on the target convolution's
       kernel (Section VI-A).
     precision: of matrix products and convolutions, forward and backward: one
-      of `execution.PRECISIONS`.
+      of `execution.PRECISIONS`. Parameters, their gradients and updates, and
+      the loss are float32 at all of them.
     attackers_hook: applied to an active attacker's model after each step.
 
   Returns:
     The training function.
   """
+  dtype = execution.compute_dtype(precision)
 
   def loss_fn(
     params: Params, images: Array, labels: Array, mask: Array
   ) -> tuple[Array, Array]:
-    loss = cross_entropy(models.apply(model, params, images), labels, mask)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    logits = models.apply(model, rounded, images).astype(jnp.float32)
+    loss = cross_entropy(logits, labels, mask)
     kernel = models.target_kernel(model, params)
     return loss + last_conv_l2 / 2 * jnp.square(kernel).sum(), loss
 

@@ -228,7 +228,9 @@ def from_flax(
     return params
 
   def stem_apply(params: Params, images: Array) -> Array:
-    return run("stem", params, prepare(images, mean, std))
+    # Parameters of another type than float32 compute in it.
+    dtype = jax.tree.leaves(params["target"])[0].dtype
+    return run("stem", params, prepare(images, mean, std).astype(dtype))
 
   def activations(params: Params, inputs: Array) -> Array:
     return run("target", params, inputs)

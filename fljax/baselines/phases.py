@@ -91,7 +91,7 @@ def cleanse(
     model, params, images, key=reverse_key, settings=settings
   )
   suspects = neural_cleanse.outliers(found.norms)
-  flagged = np.flatnonzero(np.asarray(suspects.flagged))
+  flagged = np.flatnonzero(np.asarray(suspects.flagged)).tolist()
   before = neuron_mask
   for position in flagged:
     params, neuron_mask = _remove(
@@ -160,7 +160,7 @@ def _remove(
 # The paper's, Section V-B: "learning rates ranging from 0.1 to 0.5", 1,000
 # steps, "1000 samples in each mini-batch".
 ORACLE_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-ORACLE_BATCHES = {"batches_per_step": 1, "batch_size": 1000}
+ORACLE = neural_cleanse.OFFICIAL._replace(batches_per_step=1, batch_size=1000)
 
 
 def cleanse_as_oracle(
@@ -172,7 +172,7 @@ def cleanse_as_oracle(
   *,
   target: int,
   key: Array,
-  settings: neural_cleanse.Settings,
+  settings: neural_cleanse.Settings = ORACLE,
   rates: Sequence[float] = ORACLE_RATES,
   learning_rate: float,
   max_drop: float,
