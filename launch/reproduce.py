@@ -68,6 +68,12 @@ _OUT = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", "", "As in launch/main.py, for what is not bundled."
 )
+_RESULTS = flags.DEFINE_string(
+  "results",
+  "",
+  "Folder of finished runs that were made elsewhere, such as a sweep's on an"
+  " accelerator; what they recorded is copied into --workdir first.",
+)
 _RUN = flags.DEFINE_boolean(
   "run", True, "With --norun, only draw what has results already."
 )
@@ -250,6 +256,9 @@ def main(arguments: Sequence[str]) -> int:
     out = Path(_OUT.value or Path(_WORKDIR.value) / "results").expanduser()
     with driver.Stop.on_signals() as stop:
       store = stores.Store(_WORKDIR.value, stop)
+      if _RESULTS.value:
+        taken = store.take_over(_RESULTS.value)
+        print(f"{taken} finished runs in {_RESULTS.value}", file=sys.stderr)
       if _RUN.value:
         run(artefacts, seeds, store)
       write(artefacts, seeds, store, out)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
@@ -149,6 +150,42 @@ class Store:
       return
     if self._run(self._training(config)):
       self._run(config)
+
+  def take_over(self, folder: str) -> int:
+    """Copies the records of finished runs that were made elsewhere.
+
+    Args:
+      folder: workdirs, at any depth; checkpoints are not needed.
+
+    Returns:
+      How many runs there are. Those whose settings have results here already
+      are left as they are.
+
+    Raises:
+      errors.WorkdirError: the folder holds no finished run, one is damaged,
+        or the store cannot be written.
+    """
+    found = sorted(Path(folder).expanduser().rglob(workdirs.RESULTS))
+    if not found:
+      raise errors.WorkdirError(f"{folder} holds no finished run.")
+    for results in found:
+      source = results.parent
+      try:
+        settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
+        settings.pop(workdirs.DATA_SHA256)
+        json.loads(results.read_text("utf-8"))["phases"]
+        target = self.path / "runs" / digest(settings)
+        if (target / workdirs.RESULTS).exists():
+          continue
+        target.mkdir(parents=True, exist_ok=True)
+        # The results last: with them the record counts as whole.
+        for name in (workdirs.CONFIG, workdirs.METRICS, workdirs.RESULTS):
+          shutil.copyfile(source / name, target / name)
+      except (OSError, ValueError, KeyError, TypeError) as error:
+        raise errors.WorkdirError(
+          f"{source} cannot be taken over ({error!r})."
+        ) from error
+    return len(found)
 
   def _run(self, config: Config) -> bool:
     """Returns whether the experiment has results."""

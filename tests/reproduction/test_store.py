@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+import shutil
 
 from conftest import TINY
 from conftest import TINY_SETTINGS
@@ -8,6 +9,7 @@ import pytest
 
 from fljax import config as configs
 from fljax import driver
+from fljax import errors
 from fljax import experiment
 from fljax import models
 from fljax.reproduction import plan
@@ -126,3 +128,40 @@ def test_a_setting_at_its_default_does_not_change_the_hash(base):
   assert stores.digest(without) == stores.digest(settings)
   other = _with(base, nc_steps=7).identity()
   assert stores.digest(other) != stores.digest(settings)
+
+
+def test_records_made_elsewhere_are_taken_over(base, store, tmp_path):
+  cell = plan.Cell(_with(base, cleanse="fp"))
+  elsewhere = tmp_path / "sweep" / "seed=2"
+  alone = experiment.run(
+    _with(cell.config, seed=2, workdir=str(elsewhere)), quiet=True
+  )
+  shutil.rmtree(elsewhere / "checkpoints")
+  assert store.record(cell, 2) is None
+  assert store.take_over(str(tmp_path / "sweep")) == 1
+  assert store.record(cell, 2).results == alone
+  assert store.record(cell, 2).curve("training")
+  assert store.record(cell, 3) is None
+  # It is a finished run like any other, and stays what it is.
+  store.run(cell, 2)
+  (elsewhere / "results.json").write_text('{"phases": []}')
+  assert store.take_over(str(tmp_path / "sweep")) == 1
+  assert store.record(cell, 2).results == alone
+
+
+@pytest.mark.parametrize(
+  "files, message",
+  [
+    ({}, "no finished run"),
+    ({"results.json": "{}", "config.json": "{}"}, "taken over"),
+    ({"results.json": '{"phases": []}'}, "taken over"),
+    ({"results.json": "[", "config.json": '{"data_sha256": ""}'}, "taken over"),
+  ],
+)
+def test_what_is_no_record_is_refused(store, tmp_path, files, message):
+  folder = tmp_path / "elsewhere"
+  folder.mkdir()
+  for name, text in files.items():
+    (folder / name).write_text(text)
+  with pytest.raises(errors.WorkdirError, match=message):
+    store.take_over(str(folder))
