@@ -265,6 +265,30 @@ def model_replacement(gamma: float) -> Attack:
   return Attack(data=data, updates=updates)
 
 
+def own_rate(factor: float) -> Attack:
+  """Attackers take larger or smaller local steps than the others.
+
+  What a trigger of few pixels needs to be learnt at all, early in training.
+
+  Args:
+    factor: what attackers' local steps are multiplied by while they attack.
+
+  Returns:
+    An attack on the data alone; it sets the attackers' `attack_rate`.
+
+  References:
+    DBA: Distributed Backdoor Attacks against Federated Learning (Xie, Huang,
+    Chen, Li), whose attackers have a learning rate of their own.
+  """
+
+  def data(federation: Federation, key: Array) -> Federation:
+    del key
+    rate = jnp.where(federation.attacker, factor, federation.attack_rate)
+    return federation.replace(attack_rate=rate.astype(jnp.float32))
+
+  return Attack(data=data)
+
+
 def false_accuracies(*, stop_pruning: bool) -> Attack:
   """Attackers lie where clients report accuracies to choose the pruning.
 

@@ -274,6 +274,13 @@ class Config:
     low=1,
     structure=False,
   )
+  attacker_learning_rate: float = _setting(
+    0.0,
+    "Local learning rate of attackers while they attack; it falls with"
+    " everybody's. 0 takes everybody's.",
+    low=0,
+    structure=False,
+  )
   attack_start: int = _setting(
     0,
     "Rounds before the attackers begin to attack.",

@@ -131,6 +131,10 @@ def setup(
       fraction=config.poison_fraction,
     ),
     attacks.model_replacement(config.gamma),
+    attacks.own_rate(
+      (config.attacker_learning_rate or config.learning_rate)
+      / config.learning_rate
+    ),
     attacks.REPORTS[config.attacker_reports],
   )
   mesh = parallel.make_mesh(config.devices)

@@ -34,6 +34,8 @@ class Federation(struct.PyTreeNode):
     scale: float32 [clients], the attack's amplification γ of the update while
       the client attacks.
     rate: float32 [clients], what the client's local steps are multiplied by.
+    attack_rate: float32 [clients], what they are multiplied by in addition
+      while the client attacks.
     trigger: one trigger per client.
     mesh: where the clients axis is spread over devices; None on one. Set by
       `parallel.place`.
@@ -50,6 +52,7 @@ class Federation(struct.PyTreeNode):
   attack_start: Array
   scale: Array
   rate: Array
+  attack_rate: Array
   trigger: triggers.Trigger
   mesh: jax.sharding.Mesh | None = struct.field(pytree_node=False, default=None)
   padding: int = struct.field(pytree_node=False, default=0)
@@ -84,7 +87,8 @@ def create(
     attack_start: the first round (from 0) in which attackers attack.
 
   Returns:
-    The federation, without poisoned samples and with γ = 1.
+    The federation, without poisoned samples, with γ = 1 and everybody's
+    local steps as they are.
   """
   clients = partition.indices.shape[0]
   ids = np.arange(clients, dtype=np.int32)
@@ -99,6 +103,7 @@ def create(
     attack_start=jnp.full(clients, attack_start, jnp.int32),
     scale=jnp.ones(clients, jnp.float32),
     rate=jnp.ones(clients, jnp.float32),
+    attack_rate=jnp.ones(clients, jnp.float32),
     trigger=jax.tree.map(
       lambda *leaves: jnp.stack(
         [leaves[client % len(pieces)] for client in range(clients)]

@@ -138,6 +138,7 @@ def sgd_training(
     key: Array,
   ) -> tuple[Params, Array]:
     counts = federations.training_mask(client, active)
+    rate = client.rate * jnp.where(active, client.attack_rate, 1.0)
     samples = counts.shape[0]
     size = min(batch_size, samples)
     batches = jax.vmap(lambda k: epoch_batches(k, counts, size))(
@@ -159,7 +160,7 @@ def sgd_training(
         params, images, client.labels[indices], mask
       )
       updates, new_state = optimizer.update(grads, opt_state, params)
-      updates = jax.tree.map(lambda leaf: client.rate * leaf, updates)
+      updates = jax.tree.map(lambda leaf: rate * leaf, updates)
       new = optax.apply_updates(params, updates)
       if attackers_hook is not None:
         new = jax.tree.map(

@@ -80,19 +80,18 @@ def from_pixels(
 
 
 # The paper draws its patterns (Fig. 1: in the lower right corner) without
-# giving positions. These are nested: BadNets' single pixel, (26, 26) on 28 x 28
-# images, then the 2 x 2 block in the corner, then the 3 x 3 block. What lies in
-# the outer two rows and columns reaches a neuron that no digit reaches there.
+# giving positions. These are nested and fill the 3 x 3 block in that corner
+# from its centre, which is BadNets' single pixel, (26, 26) on 28 x 28 images.
 _NESTED_PIXELS = (
   (-2, -2),
-  (-1, -1),
-  (-2, -1),
-  (-1, -2),
   (-3, -3),
-  (-3, -2),
-  (-2, -3),
+  (-1, -1),
   (-3, -1),
   (-1, -3),
+  (-2, -3),
+  (-2, -1),
+  (-3, -2),
+  (-1, -2),
 )
 
 # The official pieces of the Distributed Backdoor Attack: [row, columns].

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from absl import flags
 import chex
 from conftest import NUM_CLASSES
 from conftest import ROOT
@@ -169,6 +170,7 @@ def test_the_same_config_gives_the_same_bits(config):
     {"clients_per_round": 2, "gamma": 1.5},
     {"momentum": 0.5, "weight_decay": 1e-3, "last_conv_l2": 0.01},
     {"num_attackers": 2, "trigger": "pixel1", "attack_start": 3},
+    {"attacker_learning_rate": 0.4},
     {"num_attackers": 0},
     {"validation_size": 0},
     {"validation_size": 0, "attacker_reports": "stop_pruning"},
@@ -430,6 +432,48 @@ def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
   one, two = _final(config), _final(there)
   assert one[0]["phases"] == two[0]["phases"]
   chex.assert_trees_all_close(one[2], two[2], rtol=1e-5)
+
+
+def test_vgg11_under_the_distributed_attack_at_reduced_size(tmp_path):
+  """The way of cifar10_dba.flags: a quarter of the width, hardly any length."""
+  rng = np.random.default_rng(0)
+  data = tmp_path / "colours.npz"
+  np.savez(
+    data,
+    images=rng.integers(0, 256, (360, 32, 32, 3), np.uint8),
+    labels=np.arange(360) % 10,
+  )
+  values = flags.FlagValues()
+  configs.define_flags(values)
+  values(
+    [
+      "test",
+      f"--flagfile={ROOT / 'launch' / 'cifar10_small.flags'}",
+      f"--dataset={data}",
+      f"--workdir={tmp_path / 'run'}",
+      "--samples_per_client=20",
+      "--validation_size=40",
+      "--batch_size=10",
+      "--rounds=1",
+      "--local_steps=1",
+      "--fine_tune_rounds=1",
+      "--delta_step=5",
+      "--precision=bfloat16",
+    ]
+  )
+  config = configs.from_flags(values)
+  results = experiment.run(config, quiet=True)
+  names = [phase["name"] for phase in results["phases"]]
+  assert names == ["training", "fp", "fp+aw", "fp+ft", "all"]
+  assert results["phases"][1]["neurons"] == 128
+  # Every attacker has a piece of its own, the test all of them.
+  clients = experiment.setup(config).federation
+  pieces = np.asarray(clients.trigger.mask)[:4].reshape(4, -1)
+  assert (pieces.sum(axis=1) == 6).all()
+  assert (pieces.sum(axis=0) <= 1).all()
+  assert np.asarray(clients.attacker).sum() == 4
+  figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+  assert "trigger.png" in figures
 
 
 def test_a_profile_is_written_and_changes_nothing(config):

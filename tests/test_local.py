@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from fljax import attacks
 from fljax import federation as federations
 from fljax import local
 from fljax import models
@@ -157,6 +158,26 @@ def test_a_clients_rate_multiplies_its_learning_rate(
     trained(0.1 * rate, client),
     rtol=1e-5,
     atol=1e-6,
+  )
+
+
+def test_an_attackers_own_rate_counts_while_it_attacks(model, params):
+  federation, _ = make_federation(start=3)
+  federation = attacks.own_rate(2.0).data(federation, jax.random.key(0))
+  assert federation.attack_rate.tolist() == [2, 1, 1, 1]
+  client = federations.select(federation, 0)
+  mask = jnp.ones(model.neurons, bool)
+  train = make_training(model)
+
+  def trained(client, active):
+    return train(params, client, mask, jnp.asarray(active), jax.random.key(1))[
+      0
+    ]
+
+  same = client.replace(attack_rate=jnp.float32(1))
+  chex.assert_trees_all_equal(trained(client, False), trained(same, False))
+  chex.assert_trees_all_close(
+    trained(client, True), trained(same.replace(rate=jnp.float32(2)), True)
   )
 
 

@@ -21,6 +21,7 @@ PAPERS = {
   "mnist_large": ((28, 28, 1), 50),
   "fashion_mnist": ((28, 28, 1), 64),
   "vgg11": ((32, 32, 3), 512),
+  "vgg11_quarter": ((32, 32, 3), 128),
 }
 
 
@@ -36,6 +37,7 @@ def _convolutions_and_dense(params):
     ("mnist_large", [2, 2]),
     ("fashion_mnist", [3, 2]),
     ("vgg11", [8, 3]),
+    ("vgg11_quarter", [8, 3]),
   ],
 )
 def test_the_papers_networks_have_their_layers(name, counts):

@@ -105,6 +105,7 @@ def train(
     attack_start=jnp.zeros((), jnp.int32),
     scale=jnp.ones((), jnp.float32),
     rate=jnp.ones((), jnp.float32),
+    attack_rate=jnp.ones((), jnp.float32),
     trigger=triggers.from_pixels([], model.image_shape),
   )
   training = local.sgd_training(
