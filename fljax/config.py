@@ -354,7 +354,9 @@ class Config:
     high=1,
     cleansing=True,
   )
-  fine_tune_rounds: int = _setting(10, "Most rounds of fine-tuning.", low=0)
+  fine_tune_rounds: int = _setting(
+    10, "Most rounds of fine-tuning.", low=0, cleansing=True
+  )
   fine_tune_patience: int = _setting(
     5,
     "Fine-tuning stops after so many rounds without better validation"
