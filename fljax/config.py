@@ -322,7 +322,8 @@ class Config:
     " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
     " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
-    " several by AA). Empty for none.",
+    " several by AA), each applied to the trained model if only such are named."
+    " Empty for none.",
     cleansing=True,
   )
   pruning: str = _setting(

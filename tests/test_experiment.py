@@ -178,7 +178,7 @@ def test_the_same_config_gives_the_same_bits(config):
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
     {"attacker_reports": "promote", "attacker_limit": 2.0},
     {"attacker_avoids": "0,3", "num_attackers": 2},
-    {"cleanse": "nc-prune,fine-pruning", "nc_steps": 3},
+    {"cleanse": "fp,nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
     {"cleanse": "nc-oracle", "nc_steps": 2, "validation_size": 0},
     {"local_steps": 2, "final_learning_rate": 0.01},
@@ -195,6 +195,29 @@ def test_every_way_of_running_ends_well(config, changes):
   assert all(
     (value is None) == (changes.get("num_attackers") == 0) for value in success
   )
+
+
+def test_baselines_alone_are_compared_on_the_trained_model(config):
+  config = _with(
+    config, cleanse="nc-unlearn,nc-prune,fine-pruning", nc_steps=20
+  )
+  results = experiment.run(config, quiet=True)
+  names = [phase["name"] for phase in results["phases"]]
+  assert names == ["training", "nc-unlearn", "nc-prune", "fine-pruning"]
+  # One reversal for both, which counts in the time of each.
+  unlearn, prune = results["phases"][1:3]
+  assert unlearn["trigger_norms"] == prune["trigger_norms"]
+  assert prune["seconds"] > unlearn["seconds"] / 3
+  for name in ("nc-prune", "fine-pruning"):
+    alone = _with(
+      config,
+      cleanse=name,
+      workdir=f"{config.workdir}-{name}",
+      trained_in=config.workdir,
+    )
+    (phase,) = experiment.run(alone, quiet=True)["phases"][1:]
+    (same,) = (p for p in results["phases"] if p["name"] == name)
+    assert {**phase, "seconds": 0} == {**same, "seconds": 0}
 
 
 def test_the_learning_rate_falls_to_its_last_round_and_stays(config):

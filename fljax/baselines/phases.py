@@ -56,28 +56,67 @@ def server_images(
   ]
 
 
+class Suspects(NamedTuple):
+  """What Neural Cleanse found in a model.
+
+  Attributes:
+    found: a reversed trigger per class.
+    outliers: which of them are too small to be natural.
+  """
+
+  found: neural_cleanse.Reversed
+  outliers: neural_cleanse.Outliers
+
+
+def find_suspects(
+  model: models.Model,
+  params: models.Params,
+  validation: evaluate.Examples,
+  *,
+  key: Array,
+  settings: neural_cleanse.Settings,
+) -> Suspects:
+  """Neural Cleanse, first half: reverses triggers and finds outliers.
+
+  Args:
+    model: the network.
+    params: the trained model.
+    validation: the server's images.
+    key: random key.
+    settings: of the reversal.
+
+  Returns:
+    What was found; removing it is `cleanse`'s, by whatever way.
+  """
+  images, _ = server_images(validation)
+  found = neural_cleanse.reverse_triggers(
+    model, params, images, key=jax.random.split(key)[0], settings=settings
+  )
+  return Suspects(found, neural_cleanse.outliers(found.norms))
+
+
 def cleanse(
   model: models.Model,
   params: models.Params,
   neuron_mask: Array,
   validation: evaluate.Examples,
+  suspects: Suspects,
   *,
   by: str,
   key: Array,
-  settings: neural_cleanse.Settings,
   learning_rate: float,
   max_drop: float,
 ) -> Mitigated:
-  """Neural Cleanse: reverses triggers, and removes those of flagged classes.
+  """Neural Cleanse, second half: removes the triggers of flagged classes.
 
   Args:
     model: the network.
     params: the trained model.
     neuron_mask: bool [neurons], False for neurons pruned before.
     validation: the server's images.
+    suspects: from `find_suspects`.
     by: "prune" or "unlearn".
-    key: random key.
-    settings: of the reversal.
+    key: random key, the one that the suspects were found with or another.
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost, for each flagged class.
 
@@ -85,13 +124,9 @@ def cleanse(
     The mitigated model. The facts name the flagged classes; if there is none,
     the model is as it was.
   """
-  images, _ = server_images(validation)
-  reverse_key, unlearn_key = jax.random.split(key)
-  found = neural_cleanse.reverse_triggers(
-    model, params, images, key=reverse_key, settings=settings
-  )
-  suspects = neural_cleanse.outliers(found.norms)
-  flagged = np.flatnonzero(np.asarray(suspects.flagged)).tolist()
+  found, outliers = suspects
+  unlearn_key = jax.random.split(key)[1]
+  flagged = np.flatnonzero(np.asarray(outliers.flagged)).tolist()
   before = neuron_mask
   for position in flagged:
     params, neuron_mask = _remove(
@@ -108,7 +143,7 @@ def cleanse(
     )
   facts = {
     "flagged_labels": [int(found.targets[position]) for position in flagged],
-    "anomaly_indices": np.asarray(suspects.anomaly, float).tolist(),
+    "anomaly_indices": np.asarray(outliers.anomaly, float).tolist(),
     "trigger_norms": np.asarray(found.norms, float).tolist(),
   }
   if by == "prune":

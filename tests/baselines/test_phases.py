@@ -32,14 +32,18 @@ def _success(params):
 
 
 def _cleanse(by, params=PARAMS, settings=SETTINGS, **options):
+  key = jax.random.key(0)
+  suspects = phases.find_suspects(
+    MODEL, params, CLEAN, key=key, settings=settings
+  )
   return phases.cleanse(
     MODEL,
     params,
     ALL,
     CLEAN,
+    suspects,
     by=by,
-    key=jax.random.key(0),
-    settings=settings,
+    key=key,
     **{"learning_rate": 0.5, "max_drop": 0.05, **options},
   )
 

@@ -54,10 +54,16 @@ def test_a_value_may_be_a_mean_over_experiments():
   bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
   table = plan.table_4(bases)
   records = {
-    ("MNIST", f"nc-unlearn/9 → {target}", 0): plan.Record(
+    ("MNIST", f"theirs/9 → {target}", 0): plan.Record(
       {
         "phases": [
-          {"name": "nc-unlearn", plan.TA: 0.9 + 0.04 * target, plan.AA: 0.5}
+          {
+            "name": name,
+            plan.TA: 0.9 + 0.04 * target,
+            plan.AA: 0.1 * place,
+            "seconds": 3.0,
+          }
+          for place, name in enumerate(configs.BASELINES)
         ]
       },
       [],
@@ -65,8 +71,31 @@ def test_a_value_may_be_a_mean_over_experiments():
     for target in (0, 1)
   }
   values = render.values_of(table, records, (0,))
-  assert values[0, 0, 2:4].tolist() == pytest.approx([92, 50])
-  assert np.isnan(values[0, 0, [0, 1, 4, 5]]).all()
+  places = [
+    configs.BASELINES.index(column.phase) for column in table.columns[2:14:3]
+  ]
+  np.testing.assert_allclose(
+    values[0, 0, 2:14], [x for k in places for x in (92, 10 * k, 3)]
+  )
+  assert np.isnan(values[0, 0, [0, 1, 14, 15]]).all()
+
+
+def test_table_4_shows_the_papers_numbers_beside_the_oracle():
+  bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
+  table = plan.table_4(bases)
+  shown = {
+    (column.group, column.name): value
+    for column, value in zip(table.columns, table.rows[0].paper, strict=True)
+    if value is not None
+  }
+  assert shown == {
+    ("Training", "TA"): 98.3,
+    ("Training", "AA"): 99.7,
+    ("NC, oracle", "TA"): 93,
+    ("NC, oracle", "AA"): 3.8,
+    ("All", "TA"): 96.9,
+    ("All", "AA"): 4.7,
+  }
 
 
 def test_a_table_shows_ours_the_papers_and_the_difference():
