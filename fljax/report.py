@@ -97,10 +97,17 @@ def _draw(axes: Any, x: list[float], lines: list[Line], marker: str) -> None:
       )
 
 
+def _mark(axes: Any, x: float, label: str) -> None:
+  """A vertical line at what was chosen."""
+  axes.axvline(x, color=_CHOICE, linestyle=":", label=label)
+
+
 def rounds_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   """TA and AA over rounds, of training or fine-tuning (Fig. 3)."""
   figure, axes = _axes("round", phase["name"])
   _draw(axes, [line["round"] for line in lines], lines, "o")
+  if phase.get("kept_round"):
+    _mark(axes, phase["kept_round"], f"kept: round {phase['kept_round']}")
   axes.legend(frameon=False, fontsize=9)
   return figure
 
@@ -109,12 +116,8 @@ def pruning_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   """Accuracies over the number of pruned neurons (Fig. 5)."""
   figure, axes = _axes("neurons pruned", f"{phase['name']}: pruning curve")
   _draw(axes, [line["pruned_neurons"] for line in lines], lines, "")
-  axes.axvline(
-    phase["pruned_neurons"],
-    color=_CHOICE,
-    linestyle=":",
-    label=f"chosen: {phase['pruned_neurons']}",
-  )
+  chosen = phase["pruned_neurons"]
+  _mark(axes, chosen, f"chosen: {chosen}")
   axes.legend(frameon=False, fontsize=9)
   return figure
 
@@ -132,12 +135,10 @@ def delta_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   x = [first if line["delta"] is None else line["delta"] for line in lines]
   _draw(axes, x, lines, "o")
   chosen = phase["delta"]
-  axes.axvline(
-    first if chosen is None else chosen,
-    color=_CHOICE,
-    linestyle=":",
-    label="chosen: no change" if chosen is None else f"chosen: Δ = {chosen:g}",
-  )
+  if chosen is None:
+    _mark(axes, first, "chosen: no change")
+  else:
+    _mark(axes, chosen, f"chosen: Δ = {chosen:g}")
   ticks = [tick for tick in axes.get_xticks() if min(x) <= tick < first]
   axes.set_xticks([*ticks, first], [*(f"{t:g}" for t in ticks), "none"])
   axes.invert_xaxis()
