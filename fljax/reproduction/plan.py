@@ -334,42 +334,58 @@ def table_4(bases: Bases) -> Table:
   )
 
 
+# What pruning costs in the paper's Table V, 98.4 to 95.8, is more than the
+# floor of the whole process allows.
+_TABLE_5_DROP = 0.025
+
+
 def table_5(bases: Bases) -> Table:
   """MNIST: pruning by ranks and by votes."""
   base = bases["mnist"]
+  far = f", {100 * _TABLE_5_DROP:g}% floor"
+  methods = {"rap": "RAP", "mvp": "MVP"}
+  columns = list(_accuracies(_TRAINING, variant="rap"))
+  for suffix in ("", far):
+    for method, name in methods.items():
+      columns += _accuracies((name + suffix, "fp"), variant=method + suffix)
+  place = {(column.group, column.name): i for i, column in enumerate(columns)}
 
-  def low(
-    column: int, published: int
-  ) -> Callable[[np.ndarray], tuple[str, str]]:
+  def low(name: str, published: int) -> Callable[[Any], tuple[str, str]]:
     def check(values: np.ndarray) -> tuple[str, str]:
-      count, known = _count(values, column, 10)
+      near, known = _count(values, place[name, "AA"], 10)
+      count, _ = _count(values, place[name + far, "AA"], 10)
       expected = published * known / len(paper.PAIRS)
       alike = abs(count - expected) <= known / 10
-      return _verdict(alike, 0 < count < known), f"{count} of {known}"
+      return (
+        _verdict(alike, 0 < count < known),
+        f"{count} of {known} at a floor of {100 * _TABLE_5_DROP:g}% below the"
+        f" trained model, {near} at {100 * base.pruning_drop:g}%",
+      )
 
     return check
 
   rows = []
   for pair, numbers in paper.TABLE_5.items():
     config = _pair(base, pair)
-    cells = {
-      method: Cell(_with(config, cleanse="fp", pruning=method))
-      for method in ("rap", "mvp")
-    }
-    rows.append(Row(_arrow(pair), cells, numbers))
+    cells = {}
+    for method in methods:
+      pruned = _with(config, cleanse="fp", pruning=method)
+      cells[method] = Cell(pruned)
+      cells[method + far] = Cell(_with(pruned, pruning_drop=_TABLE_5_DROP))
+    rows.append(
+      Row(_arrow(pair), cells, (*numbers[:2], *[None] * 4, *numbers[2:]))
+    )
   return Table(
     "table-5",
     "Table V: federated pruning by ranks (RAP) and votes (MVP)",
-    "",
-    (
-      *_accuracies(_TRAINING, variant="rap"),
-      *_accuracies(("RAP", "fp"), variant="rap"),
-      *_accuracies(("MVP", "fp"), variant="mvp"),
-    ),
+    f"The paper's pruning gives up 2.6 points of TA. Beside the floor of the"
+    f" whole process, {100 * base.pruning_drop:g}% below the trained model,"
+    f" another of {100 * _TABLE_5_DROP:g}% is shown.",
+    tuple(columns),
     tuple(rows),
     (
-      ("RAP drops AA below 10% in 5 of 18 cases.", low(3, 5)),
-      ("MVP successfully defends 7 of 18 cases.", low(5, 7)),
+      ("RAP drops AA below 10% in 5 of 18 cases.", low("RAP", 5)),
+      ("MVP successfully defends 7 of 18 cases.", low("MVP", 7)),
     ),
   )
 
