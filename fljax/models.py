@@ -229,7 +229,8 @@ def from_flax(
 
   def stem_apply(params: Params, images: Array) -> Array:
     # Parameters of another type than float32 compute in it.
-    dtype = jax.tree.leaves(params["target"])[0].dtype
+    weights = jax.tree.leaves(params)
+    dtype = weights[0].dtype if weights else jnp.float32
     return run("stem", params, prepare(images, mean, std).astype(dtype))
 
   def activations(params: Params, inputs: Array) -> Array:
