@@ -482,6 +482,10 @@ def test_vgg11_under_the_distributed_attack_at_reduced_size(tmp_path):
       "--fine_tune_rounds=1",
       "--delta_step=5",
       "--precision=bfloat16",
+      # Of all forms the soonest compiled.
+      "--conv=lax",
+      # Of all forms the soonest compiled.
+      "--conv=lax",
     ]
   )
   config = configs.from_flags(values)
