@@ -8,6 +8,7 @@ import csv
 import html
 import io
 import json
+import re
 from typing import Any
 from typing import NamedTuple
 import warnings
@@ -159,8 +160,7 @@ def table(
     rows.append(differences)
   statements = _statements(table.statements, values, bool(records))
   notes = [
-    "Ours (the paper's), TA and AA in percent"
-    + (f"; {table.note}" if table.note else "."),
+    f"Ours (the paper's), TA and AA in percent. {table.note}".strip(),
     f"Seeds {', '.join(map(str, complete)) or 'none yet'}; `{command}`.",
     *(
       f"{label}, {variant}, seed {seed}: {reason}"
@@ -182,7 +182,7 @@ def table(
   )
   section = (
     _html_table(["", *heads], rows)
-    + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    + _html_notes(notes)
     + _html_statements(statements)
   )
   return Rendered(
@@ -324,6 +324,14 @@ def _html_table(heads: list[str], rows: list[list[str]]) -> str:
   )
 
 
+def _html_notes(notes: list[str]) -> str:
+  """A paragraph for each; what stands in backticks is code."""
+  return "".join(
+    f"<p>{re.sub('`([^`]*)`', r'<code>\1</code>', html.escape(note))}</p>"
+    for note in notes
+  )
+
+
 def _html_statements(told: list[tuple[str, str, str]]) -> str:
   items = "".join(
     f"<li>“{html.escape(text)}” <b>{html.escape(verdict)}</b>:"
@@ -383,7 +391,7 @@ def figure(
     files[f"{figure.name}.json"] = _json(
       figure.title, command, records, statements
     )
-  section += "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+  section += _html_notes(notes)
   return Rendered(
     files,
     section + _html_statements(statements),
