@@ -326,10 +326,10 @@ def _html_table(heads: list[str], rows: list[list[str]]) -> str:
 
 def _html_notes(notes: list[str]) -> str:
   """A paragraph for each; what stands in backticks is code."""
-  return "".join(
-    f"<p>{re.sub('`([^`]*)`', r'<code>\1</code>', html.escape(note))}</p>"
-    for note in notes
+  paragraphs = (
+    re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(note)) for note in notes
   )
+  return "".join(f"<p>{text}</p>" for text in paragraphs)
 
 
 def _html_statements(told: list[tuple[str, str, str]]) -> str:
