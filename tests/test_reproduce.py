@@ -56,7 +56,7 @@ def test_what_has_not_been_run_is_shown_as_such(tmp_path):
   assert "No result yet." in (tmp_path / "table-5.md").read_text()
   with open(tmp_path / "table-5.csv", newline="") as stream:
     rows = list(csv.DictReader(stream))
-  assert len(rows) == 18 * 6
+  assert len(rows) == 18 * 10
   assert {row["mean"] for row in rows} == {""}
   assert not (tmp_path / "trained").exists()
 
