@@ -658,8 +658,8 @@ def _falls_first(records: dict[str, list[Record]]) -> tuple[str, str]:
       best = min(kept, key=lambda line: line[AA])
       seen.append(best[AA] < 0.1)
       told.append(
-        f"{label}: lowest AA {100 * best[AA]:.1f}, at Δ = {best['delta']}, where"
-        " validation has lost less than 2 points"
+        f"{label}: lowest AA {100 * best[AA]:.1f}, at Δ = {best['delta']},"
+        " where validation has lost less than 2 points"
       )
   return _verdict(*seen), "; ".join(told)
 
