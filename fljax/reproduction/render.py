@@ -13,6 +13,7 @@ from typing import Any
 from typing import NamedTuple
 import warnings
 
+import matplotlib
 from matplotlib import figure as figures
 import numpy as np
 
@@ -380,7 +381,8 @@ def figure(
   if drawn is not None:
     for suffix in ("png", "svg"):
       stream = io.BytesIO()
-      drawn.savefig(stream, format=suffix, dpi=150, metadata=_PLAIN[suffix])
+      with matplotlib.rc_context({"svg.hashsalt": figure.name}):
+        drawn.savefig(stream, format=suffix, dpi=150, metadata=_PLAIN[suffix])
       files[f"{figure.name}.{suffix}"] = stream.getvalue()
     picture = base64.b64encode(files[f"{figure.name}.png"]).decode()
     section = (
@@ -399,7 +401,8 @@ def figure(
   )
 
 
-# Without the date, the same results give the same bytes.
+# Without the date, and with ids that are not random, the same results give the
+# same bytes.
 _PLAIN: dict[str, dict[str, Any]] = {
   "png": {"Software": None},
   "svg": {"Date": None},

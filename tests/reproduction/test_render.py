@@ -192,6 +192,8 @@ def test_every_kind_of_figure_is_drawn(number):
   made = render.figure(figure, records, {}, (0,), "command")
   assert f"{figure.name}.svg" in made.files
   assert made.summary
+  again = render.figure(figure, records, {}, (0,), "command")
+  assert made.files == again.files
 
 
 def test_triggers_are_drawn_on_a_real_image():
