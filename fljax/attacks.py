@@ -268,8 +268,6 @@ def model_replacement(gamma: float) -> Attack:
 def own_rate(factor: float) -> Attack:
   """Attackers take larger or smaller local steps than the others.
 
-  What a trigger of few pixels needs to be learnt at all, early in training.
-
   Args:
     factor: what attackers' local steps are multiplied by while they attack.
 

@@ -25,7 +25,7 @@ from fljax.cleanse import weights
 
 PHASES = ("fp", "ft", "aw")
 # Defences to compare with; the server uses its own validation images.
-# The last one is no defence but a bound: it sees test images and AA.
+# The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
 _LARGEST = 2**31 - 1
 

@@ -96,10 +96,6 @@ class Stop:
     self._before = {}
 
 
-# One program per network, whoever's: `jax.jit` knows it by this function.
-_accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
-
-
 class Driver:
   """Drives one experiment through its phases.
 
@@ -227,10 +223,10 @@ class Driver:
   def _measure(self, params: models.Params) -> tuple[float, float | None]:
     """TA and AA."""
     experiment = self.experiment
-    accuracy = _accuracy(experiment.model, params, experiment.test)
+    accuracy = evaluate.measure(experiment.model, params, experiment.test)
     if experiment.backdoored is None:
       return float(accuracy), None
-    success = _accuracy(experiment.model, params, experiment.backdoored)
+    success = evaluate.measure(experiment.model, params, experiment.backdoored)
     return float(accuracy), float(success)
 
   # --- training --------------------------------------------------------------

@@ -13,9 +13,11 @@
 #              TPU's default) and one at bfloat16; needs DATA, a TFDS directory
 #              with cifar10
 #
-# FLAGS are added to every run, as in FLAGS='--rounds=1' to try things out.
-# OUT gets a log per step, what was measured, and runs.tar.gz: settings, phases
-# and curves of all runs without their checkpoints.
+# FLAGS are added to every run, as in FLAGS='--rounds=1' to try things out;
+# PYTHON is the interpreter. Folders count from the repository's root. RUNS
+# (default runs/accelerator) holds the runs; OUT (default RUNS) gets a log per
+# step, what was measured, and runs.tar.gz: settings, phases and curves of all
+# runs without their checkpoints.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} runs=${RUNS:-runs/accelerator} out=${OUT:-$runs}

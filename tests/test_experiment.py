@@ -484,8 +484,6 @@ def test_vgg11_under_the_distributed_attack_at_reduced_size(tmp_path):
       "--precision=bfloat16",
       # Of all forms the soonest compiled.
       "--conv=lax",
-      # Of all forms the soonest compiled.
-      "--conv=lax",
     ]
   )
   config = configs.from_flags(values)

@@ -22,8 +22,6 @@ from fljax.baselines import neural_cleanse
 
 Array = jax.Array
 
-_accuracy = jax.jit(evaluate.accuracy, static_argnums=0)
-
 
 class Mitigated(NamedTuple):
   """Outcome of a baseline.
@@ -125,6 +123,7 @@ def cleanse(
     the model is as it was.
   """
   found, outliers = suspects
+  own = server_images(validation)
   unlearn_key = jax.random.split(key)[1]
   flagged = np.flatnonzero(np.asarray(outliers.flagged)).tolist()
   before = neuron_mask
@@ -134,6 +133,7 @@ def cleanse(
       params,
       neuron_mask,
       validation,
+      own,
       found,
       position,
       by=by,
@@ -158,6 +158,7 @@ def _remove(
   params: models.Params,
   neuron_mask: Array,
   examples: evaluate.Examples,
+  own: tuple[np.ndarray, np.ndarray],
   found: neural_cleanse.Reversed,
   position: int,
   *,
@@ -166,7 +167,7 @@ def _remove(
   learning_rate: float,
   max_drop: float,
 ) -> tuple[models.Params, Array]:
-  """Removes what one of the reversed triggers stands for."""
+  """Removes what one trigger stands for; `own` are the examples unbatched."""
   mask, pattern = found.masks[position], found.patterns[position]
   if by == "prune":
     after = neural_cleanse.prune(
@@ -182,7 +183,7 @@ def _remove(
   params = neural_cleanse.unlearn(
     model,
     params,
-    *server_images(examples),
+    *own,
     mask,
     pattern,
     key=key,
@@ -240,7 +241,7 @@ def cleanse_as_oracle(
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section V-B and Table IV.
   """
-  images, _ = server_images(test)
+  own = server_images(test)
   reverse_key, unlearn_key = jax.random.split(key)
   tried: list[tuple[tuple[float, float], models.Params, Array]] = []
   told: list[dict[str, Any]] = []
@@ -248,7 +249,7 @@ def cleanse_as_oracle(
     found = neural_cleanse.reverse_triggers(
       model,
       params,
-      images,
+      own[0],
       key=reverse_key,
       targets=[target],
       settings=settings._replace(learning_rate=rate),
@@ -259,6 +260,7 @@ def cleanse_as_oracle(
         params,
         neuron_mask,
         test,
+        own,
         found,
         0,
         by=by,
@@ -266,8 +268,8 @@ def cleanse_as_oracle(
         learning_rate=learning_rate,
         max_drop=max_drop,
       )
-      accuracy = float(_accuracy(model, after, test))
-      success = float(_accuracy(model, after, backdoored))
+      accuracy = float(evaluate.measure(model, after, test))
+      success = float(evaluate.measure(model, after, backdoored))
       tried.append(((success, -accuracy), after, mask))
       told.append(
         {

@@ -7,6 +7,7 @@ which phase is shown, and the paper's statements as functions of the columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 from typing import NamedTuple
@@ -179,6 +180,11 @@ _TRAINING, _FP = ("Training", "training"), ("FP", "fp")
 _FP_AW, _ALL = ("FP+AW", "fp+aw"), ("All", "all")
 
 
+def _places(columns: Sequence[Column]) -> dict[tuple[str, str], int]:
+  """Where columns stand, by heading and name."""
+  return {(column.group, column.name): i for i, column in enumerate(columns)}
+
+
 def _mean(values: np.ndarray, column: int) -> float:
   return float(np.nanmean(values[..., column]))
 
@@ -283,7 +289,7 @@ def table_4(bases: Bases) -> Table:
       Column(group, "s", "theirs", phase, "seconds", percent=False)
     )
   columns += _accuracies(_ALL, variant="ours")
-  place = {(column.group, column.name): i for i, column in enumerate(columns)}
+  place = _places(columns)
 
   def better(values: np.ndarray) -> tuple[str, str]:
     ours = _mean(values, place["All", "AA"])
@@ -348,7 +354,7 @@ def table_5(bases: Bases) -> Table:
   for suffix in ("", far):
     for method, name in methods.items():
       columns += _accuracies((name + suffix, "fp"), variant=method + suffix)
-  place = {(column.group, column.name): i for i, column in enumerate(columns)}
+  place = _places(columns)
 
   def low(name: str, published: int) -> Callable[[Any], tuple[str, str]]:
     def check(values: np.ndarray) -> tuple[str, str]:
@@ -378,7 +384,7 @@ def table_5(bases: Bases) -> Table:
   return Table(
     "table-5",
     "Table V: federated pruning by ranks (RAP) and votes (MVP)",
-    f"The paper's pruning gives up 2.6 points of TA. Beside the floor of the"
+    "The paper's pruning gives up 2.6 points of TA. Beside the floor of the"
     f" whole process, {100 * base.pruning_drop:g}% below the trained model,"
     f" another of {100 * _TABLE_5_DROP:g}% is shown.",
     tuple(columns),

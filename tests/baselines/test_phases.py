@@ -16,19 +16,19 @@ IMAGES, LABELS = make_images(400, seed=3)
 CLEAN = evaluate.batched(IMAGES, LABELS, batch_size=25)
 ALL = jnp.ones(MODEL.neurons, bool)
 SETTINGS = neural_cleanse.Settings(batches_per_step=1, batch_size=100)
+STAMPED = evaluate.backdoored(
+  *make_images(60, seed=4),
+  trigger=planted.TRIGGER,
+  victim_label=0,
+  target_label=TARGET,
+  over="others",
+  batch_size=25,
+)
 _measure = jax.jit(evaluate.accuracy, static_argnums=0)
 
 
 def _success(params):
-  stamped = evaluate.backdoored(
-    *make_images(60, seed=4),
-    trigger=planted.TRIGGER,
-    victim_label=0,
-    target_label=TARGET,
-    over="others",
-    batch_size=25,
-  )
-  return float(_measure(MODEL, params, stamped))
+  return float(_measure(MODEL, params, STAMPED))
 
 
 def _cleanse(by, params=PARAMS, settings=SETTINGS, **options):
@@ -82,20 +82,12 @@ def test_without_a_suspect_the_model_stays():
 
 
 def test_the_oracle_takes_the_lowest_attack_success_of_what_it_tried():
-  stamped = evaluate.backdoored(
-    *make_images(60, seed=4),
-    trigger=planted.TRIGGER,
-    victim_label=0,
-    target_label=TARGET,
-    over="others",
-    batch_size=25,
-  )
   after = phases.cleanse_as_oracle(
     MODEL,
     PARAMS,
     ALL,
     CLEAN,
-    stamped,
+    STAMPED,
     target=TARGET,
     key=jax.random.key(0),
     settings=SETTINGS._replace(steps=60),
