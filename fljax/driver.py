@@ -557,6 +557,7 @@ class Driver:
         experiment.backdoored,
         target=config.target_label,
         settings=phases.ORACLE._replace(steps=config.nc_steps),
+        mesh=experiment.mesh,
         **tuning,
       )
     elif kind == "fine-pruning":
@@ -599,8 +600,8 @@ class Driver:
       settings=neural_cleanse.OFFICIAL._replace(
         learning_rate=config.nc_learning_rate, steps=config.nc_steps
       ),
+      mesh=experiment.mesh,
     )
-    jax.block_until_ready(suspects)
     self._found = (state.params, suspects, time.perf_counter() - started)
     return suspects, 0.0
 

@@ -288,6 +288,55 @@ def map_clients(
   Returns:
     The results, each leaf [clients, ...], without padding.
   """
+  results = _map(
+    function, common, (_bare(federation), *columns), federation.mesh, chunk
+  )
+  return _join(results, federation.num_clients, chunked=False)
+
+
+def map_rows(
+  function: Callable[..., Any],
+  common: Any,
+  *columns: Any,
+  mesh: Mesh | None,
+  chunk: int = 1,
+) -> Any:
+  """Applies a function to rows that are no clients, such as classes.
+
+  Args:
+    function: (common, *columns of a row) -> results. Rows may take different
+      numbers of a loop's steps; it must not sum over devices.
+    common: what all rows share.
+    *columns: arrays [rows, ...], whole on every device.
+    mesh: the devices that rows are spread over; None for a single one.
+    chunk: as in `map_clients`.
+
+  Returns:
+    The results, each leaf [rows, ...].
+  """
+  count = _length(columns)
+  if mesh is not None:
+    # Padding repeats a row, as `place` does.
+    padding = -count % mesh.size
+    columns = jax.tree.map(
+      lambda leaf: jnp.concatenate(
+        [leaf, jnp.repeat(leaf[:1], padding, axis=0)]
+      ),
+      columns,
+    )
+  return _join(
+    _map(function, common, columns, mesh, chunk), count, chunked=False
+  )
+
+
+def _map(
+  function: Callable[..., Any],
+  common: Any,
+  rows: Any,
+  mesh: Mesh | None,
+  chunk: int,
+) -> Any:
+  """`map_clients` and `map_rows`, the results of padding included."""
 
   def on_one_device(common: Any, *rows: Any) -> Any:
     count = _length(rows)
@@ -299,10 +348,7 @@ def map_clients(
     )
     return _join(results, count)
 
-  results = _spread(on_one_device, federation.mesh, Spec(AXIS))(
-    common, _bare(federation), *columns
-  )
-  return _join(results, federation.num_clients, chunked=False)
+  return _spread(on_one_device, mesh, Spec(AXIS))(common, *rows)
 
 
 def sum_over_clients(

@@ -56,6 +56,12 @@ _DISCUSSION = flags.DEFINE_list(
   f"Attacks of Section VI-B: some of {_numbers([*plan.DISCUSSION])}.",
 )
 _ALL = flags.DEFINE_boolean("all", False, "Make everything.")
+_PAIRS = flags.DEFINE_list(
+  "pairs",
+  [],
+  "Only experiments of these pairs of victim and attack label, as in 9:0,4:9;"
+  " empty: all. Averages are then those of the pairs.",
+)
 _SEEDS = flags.DEFINE_list(
   "seeds", ["0"], "Seeds; all cells of the first one are run first."
 )
@@ -104,8 +110,19 @@ def bases(overrides: Sequence[str], data_dir: str) -> plan.Bases:
   return found
 
 
+def parse_pair(text: str) -> tuple[int, int]:
+  """Victim and attack label of an item of --pairs."""
+  labels = text.split(":")
+  if len(labels) != 2 or not all(label.isdigit() for label in labels):
+    raise errors.ConfigError(
+      f"--pairs={text}: give a victim and an attack label, as in 9:0."
+    )
+  return int(labels[0]), int(labels[1])
+
+
 def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
   """What was asked for, by flag and number."""
+  pairs = [parse_pair(text) for text in _PAIRS.value]
   found: dict[str, plan.Table | plan.Figure] = {}
   for flag, known in (
     (_TABLE, plan.TABLES),
@@ -119,10 +136,21 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
           f"--{flag.name}={text}: there is no such {flag.name} here; choose"
           f" some of {_numbers([*known])}."
         )
-      found[f"--{flag.name}={text}"] = known[int(text)](base)
+      artefact: plan.Table | plan.Figure | None = known[int(text)](base)
+      if pairs and artefact is not None:
+        artefact = plan.only(artefact, pairs)
+      if artefact is None:
+        print(
+          f"--{flag.name}={text}: left out, none of its experiments is of"
+          f" --pairs={','.join(_PAIRS.value)}.",
+          file=sys.stderr,
+        )
+        continue
+      found[f"--{flag.name}={text}"] = artefact
   if not found:
     raise errors.ConfigError(
-      "nothing to make: give --table, --figure, --discussion or --all."
+      "nothing to make: give --table, --figure, --discussion or --all, and"
+      " pairs that are in them."
     )
   return found
 
@@ -207,6 +235,8 @@ def write(
       f"python launch/reproduce.py {command}"
       f" --seeds={','.join(map(str, seeds))}"
     )
+    if _PAIRS.value:
+      whole += f" --pairs={','.join(_PAIRS.value)}"
     whole += "".join(
       f" --override={shlex.quote(text)}" for text in _OVERRIDE.value
     )

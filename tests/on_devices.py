@@ -15,6 +15,10 @@ import conftest  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+sys.path.insert(0, str(conftest.ROOT / "tests" / "baselines"))
+
+import planted  # noqa: E402
+
 from fljax import aggregators  # noqa: E402
 from fljax import attacks  # noqa: E402
 from fljax import models  # noqa: E402
@@ -25,6 +29,7 @@ from fljax import config as configs  # noqa: E402
 from fljax import experiment  # noqa: E402
 from fljax import parallel  # noqa: E402
 from fljax import rounds  # noqa: E402
+from fljax.baselines import neural_cleanse  # noqa: E402
 from fljax.cleanse import pruning  # noqa: E402
 from fljax.cleanse import reports  # noqa: E402
 
@@ -96,6 +101,34 @@ def on_rounds():
   return found
 
 
+def on_classes():
+  """Trigger reversal, classes spread: five and one of them on eight devices."""
+  model, params = planted.model(), planted.params()
+  images, _ = conftest.make_images(60, seed=3)
+  mesh = parallel.make_mesh()
+  found = {}
+  for targets, rates in ((None, None), ([1], [0.3])):
+    results = [
+      neural_cleanse.reverse_triggers(
+        model,
+        parallel.replicate(params, spread),
+        images,
+        key=KEY,
+        targets=targets,
+        learning_rates=rates,
+        settings=neural_cleanse.Settings(
+          batches_per_step=1, batch_size=20, steps=8
+        ),
+        mesh=spread,
+      )
+      for spread in (None, mesh)
+    ]
+    # Patterns are grey values.
+    scaled = [one.replace(patterns=one.patterns / 255) for one in results]
+    found[f"reversal, targets {targets}"] = difference(*scaled)
+  return found
+
+
 def on_experiment(folder):
   """A whole experiment."""
   results = []
@@ -122,6 +155,8 @@ def on_experiment(folder):
 
 if __name__ == "__main__":
   differences = (
-    on_rounds() if sys.argv[1] == "rounds" else on_experiment(sys.argv[2])
+    {**on_rounds(), **on_classes()}
+    if sys.argv[1] == "rounds"
+    else on_experiment(sys.argv[2])
   )
   print(json.dumps({"devices": jax.device_count(), "differences": differences}))

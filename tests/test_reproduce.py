@@ -61,6 +61,22 @@ def test_what_has_not_been_run_is_shown_as_such(tmp_path):
   assert not (tmp_path / "trained").exists()
 
 
+def test_some_pairs_alone(tmp_path):
+  process = reproduce(
+    tmp_path,
+    "--table=5,2",
+    "--pairs=1:9,3:9",
+    "--norun",
+    "--out",
+    str(tmp_path),
+  )
+  assert process.returncode == 0, process.stderr
+  text = (tmp_path / "table-5.md").read_text()
+  assert " --pairs=1:9,3:9 --override" in text
+  assert "| 1 → 9 |" in text and "| 9 → 0 |" not in text
+  assert not (tmp_path / "table-2.md").exists()
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
@@ -69,6 +85,8 @@ def test_what_has_not_been_run_is_shown_as_such(tmp_path):
     (["--table=1", "--seeds=one"], "--seeds=one must be numbers"),
     (["--table=1", "--override=round=1"], "--override: "),
     (["table=1"], "unexpected argument 'table=1'"),
+    (["--table=1", "--pairs=9-0"], "--pairs=9-0: give a victim"),
+    (["--table=2", "--pairs=1:9"], "--table=2: left out, none"),
   ],
   ids=lambda value: str(value) if isinstance(value, list) else "",
 )

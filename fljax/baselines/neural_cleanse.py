@@ -39,6 +39,7 @@ from fljax import evaluate
 from fljax import execution
 from fljax import local
 from fljax import models
+from fljax import parallel
 from fljax.baselines import server
 from fljax.cleanse import pruning
 from fljax.cleanse import selection
@@ -262,7 +263,9 @@ def reverse_triggers(
   key: Array,
   targets: Sequence[int] | Array | np.ndarray | None = None,
   settings: Settings = OFFICIAL,
+  learning_rates: Sequence[float] | Array | np.ndarray | None = None,
   class_chunk: int | None = None,
+  mesh: parallel.Mesh | None = None,
 ) -> Reversed:
   """Finds, for each class, a small trigger that leads images to it.
 
@@ -279,11 +282,16 @@ def reverse_triggers(
     params: the trained model.
     images: uint8 [samples, height, width, channels], clean, of any class.
     key: random key.
-    targets: int [classes], which classes; None takes all.
+    targets: int [classes], which classes; None takes all. One may be asked for
+      several times, with different learning rates.
     settings: see `Settings`.
+    learning_rates: float [classes], one for each instead of the settings';
+      None takes that for all.
     class_chunk: classes at once: 1 one after another, so that each stops when
       it is done, 0 all together, which run until the last is done; None takes
       the backend's choice for clients.
+    mesh: devices that the classes are spread over; None takes the one that the
+      model is on.
 
   Returns:
     The reversed triggers. Never NaN: with a model that is not finite nothing
@@ -300,17 +308,23 @@ def reverse_triggers(
   if targets is None:
     targets = range(model.num_classes)
   plan = execution.plan_for()
-  chosen = jnp.asarray(targets, jnp.int32)
-  chunk = plan.client_chunk if class_chunk is None else class_chunk
+  chosen = np.asarray(targets, np.int32)
+  if learning_rates is None:
+    learning_rates = np.full(chosen.shape, settings.learning_rate)
+  everywhere = (
+    params,
+    jnp.asarray(images),
+    jnp.asarray(chosen),
+    jnp.asarray(learning_rates, jnp.float32),
+    key,
+  )
   return _reverse(
     model,
     (settings.batches_per_step, settings.batch_size),
-    chunk or len(chosen),
+    plan.client_chunk if class_chunk is None else class_chunk,
     min(plan.evaluation_batch, len(images)),
-    params,
-    jnp.asarray(images),
-    chosen,
-    key,
+    mesh,
+    *parallel.replicate(everywhere, mesh),
     settings,
   )
 
@@ -357,20 +371,58 @@ def _shown(trigger: dict[str, Array]) -> tuple[Array, Array]:
   return _visible(trigger["mask"]), _visible(trigger["pattern"]) * 255
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 @execution.exact
 def _reverse(
   model: models.Model,
   batches_shape: tuple[int, int],
   chunk: int,
   evaluation_batch: int,
+  mesh: parallel.Mesh | None,
   params: models.Params,
   images: Array,
   targets: Array,
+  learning_rates: Array,
   key: Array,
   settings: Settings,
 ) -> Reversed:
   """`reverse_triggers` with every choice made."""
+
+  def one_class(common: Any, target: Array, learning_rate: Array) -> Reversed:
+    params, images, key, settings = common
+    return _reverse_one(
+      model,
+      batches_shape,
+      evaluation_batch,
+      params,
+      images,
+      target,
+      key,
+      settings._replace(learning_rate=learning_rate),
+    )
+
+  found: Reversed = parallel.map_rows(
+    one_class,
+    (params, images, key, settings),
+    targets,
+    learning_rates,
+    mesh=mesh,
+    chunk=chunk,
+  )
+  return found
+
+
+def _reverse_one(
+  model: models.Model,
+  batches_shape: tuple[int, int],
+  evaluation_batch: int,
+  params: models.Params,
+  images: Array,
+  target: Array,
+  key: Array,
+  settings: Settings,
+) -> Reversed:
+  """The search for one class, to its end."""
   samples = len(images)
   optimizer = optax.adam(settings.learning_rate, *settings.betas, eps=_EPSILON)
 
@@ -473,29 +525,23 @@ def _reverse(
     right = lax.map(one_batch, jnp.arange(0, samples, evaluation_batch)).sum()
     return right.astype(jnp.float32) / samples
 
-  def one_class(target: Array) -> Reversed:
-    start_key, batch_key = jax.random.split(jax.random.fold_in(key, target))
-    search = lax.while_loop(
-      lambda search: (search.step < settings.steps) & ~search.stopped,
-      lambda search: update(search, target, batch_key),
-      start(start_key),
-    )
-    mask, pattern = _shown(search.kept)
-    mask, pattern = jnp.clip(mask, 0, 1), jnp.clip(pattern, 0, 255)
-    return Reversed(
-      targets=target,
-      masks=mask,
-      patterns=pattern,
-      success=success_of(mask, pattern, target),
-      norms=mask.sum(),
-      reached=search.reached,
-      steps=search.step,
-    )
-
-  # A chunk of one is that class, see `parallel.each`.
-  batch = chunk if chunk > 1 else None
-  found: Reversed = lax.map(one_class, targets, batch_size=batch)
-  return found
+  start_key, batch_key = jax.random.split(jax.random.fold_in(key, target))
+  search = lax.while_loop(
+    lambda search: (search.step < settings.steps) & ~search.stopped,
+    lambda search: update(search, target, batch_key),
+    start(start_key),
+  )
+  mask, pattern = _shown(search.kept)
+  mask, pattern = jnp.clip(mask, 0, 1), jnp.clip(pattern, 0, 255)
+  return Reversed(
+    targets=target,
+    masks=mask,
+    patterns=pattern,
+    success=success_of(mask, pattern, target),
+    norms=mask.sum(),
+    reached=search.reached,
+    steps=search.step,
+  )
 
 
 # --- outliers ----------------------------------------------------------------

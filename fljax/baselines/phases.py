@@ -17,6 +17,7 @@ import optax
 
 from fljax import evaluate
 from fljax import models
+from fljax import parallel
 from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
 
@@ -73,6 +74,7 @@ def find_suspects(
   *,
   key: Array,
   settings: neural_cleanse.Settings,
+  mesh: parallel.Mesh | None = None,
 ) -> Suspects:
   """Neural Cleanse, first half: reverses triggers and finds outliers.
 
@@ -82,14 +84,22 @@ def find_suspects(
     validation: the server's images.
     key: random key.
     settings: of the reversal.
+    mesh: devices that the classes are spread over.
 
   Returns:
     What was found; removing it is `cleanse`'s, by whatever way.
   """
   images, _ = server_images(validation)
   found = neural_cleanse.reverse_triggers(
-    model, params, images, key=jax.random.split(key)[0], settings=settings
+    model,
+    params,
+    images,
+    key=jax.random.split(key)[0],
+    settings=settings,
+    mesh=mesh,
   )
+  # On the host, to go wherever the model is.
+  found = jax.tree.map(np.asarray, found)
   return Suspects(found, neural_cleanse.outliers(found.norms))
 
 
@@ -212,6 +222,7 @@ def cleanse_as_oracle(
   rates: Sequence[float] = ORACLE_RATES,
   learning_rate: float,
   max_drop: float,
+  mesh: parallel.Mesh | None = None,
 ) -> Mitigated:
   """Neural Cleanse as no server could run it: the best of several, by AA.
 
@@ -232,6 +243,7 @@ def cleanse_as_oracle(
     rates: the learning rates tried.
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost.
+    mesh: devices that the rates are spread over.
 
   Returns:
     The model with the lowest AA, of equals the one with the highest TA. The
@@ -245,15 +257,18 @@ def cleanse_as_oracle(
   reverse_key, unlearn_key = jax.random.split(key)
   tried: list[tuple[tuple[float, float], models.Params, Array]] = []
   told: list[dict[str, Any]] = []
-  for rate in rates:
-    found = neural_cleanse.reverse_triggers(
-      model,
-      params,
-      own[0],
-      key=reverse_key,
-      targets=[target],
-      settings=settings._replace(learning_rate=rate),
-    )
+  found = neural_cleanse.reverse_triggers(
+    model,
+    params,
+    own[0],
+    key=reverse_key,
+    targets=[target] * len(rates),
+    settings=settings,
+    learning_rates=rates,
+    mesh=mesh,
+  )
+  found = jax.tree.map(np.asarray, found)  # To go wherever the model is.
+  for position, rate in enumerate(rates):
     for by in ("prune", "unlearn"):
       after, mask = _remove(
         model,
@@ -262,7 +277,7 @@ def cleanse_as_oracle(
         test,
         own,
         found,
-        0,
+        position,
         by=by,
         key=unlearn_key,
         learning_rate=learning_rate,
@@ -275,7 +290,7 @@ def cleanse_as_oracle(
         {
           "by": by,
           "nc_learning_rate": rate,
-          "trigger_norm": float(found.norms[0]),
+          "trigger_norm": float(found.norms[position]),
           "test_accuracy": accuracy,
           "attack_success": success,
         }

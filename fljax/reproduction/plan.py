@@ -149,6 +149,37 @@ class Figure(NamedTuple):
   statements: tuple[Statement, ...] = ()
 
 
+def only(
+  artefact: Table | Figure, pairs: Sequence[paper.Pair]
+) -> Table | Figure | None:
+  """What is left of a table or figure with these pairs alone.
+
+  Args:
+    artefact: what it is.
+    pairs: victim label and attack label of the experiments that are kept.
+
+  Returns:
+    The rows, or curves, and experiments of those pairs; None if there are none.
+    Figures that show triggers, which no experiment stands behind, are whole.
+  """
+
+  def kept(cells: dict[str, Cell]) -> dict[str, Cell]:
+    return {
+      label: cell
+      for label, cell in cells.items()
+      if (cell.config.victim_label, cell.config.target_label) in pairs
+    }
+
+  if isinstance(artefact, Table):
+    rows = [row._replace(cells=kept(row.cells)) for row in artefact.rows]
+    rows = [row for row in rows if row.cells]
+    return artefact._replace(rows=tuple(rows)) if rows else None
+  if artefact.kind == "triggers":
+    return artefact
+  cells = kept(artefact.cells)
+  return artefact._replace(cells=cells) if cells else None
+
+
 # --- pieces ------------------------------------------------------------------
 
 

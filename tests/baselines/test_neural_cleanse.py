@@ -55,6 +55,25 @@ def planted_one(found):
   return found.masks[TARGET], found.patterns[TARGET]
 
 
+def test_one_class_at_several_rates_is_one_program():
+  brief = SETTINGS._replace(steps=20)
+  rates = [0.05, 0.3]
+  together = _reverse(
+    targets=[TARGET, TARGET], learning_rates=rates, settings=brief
+  )
+  for position, rate in enumerate(rates):
+    alone = _reverse(
+      targets=[TARGET], settings=brief._replace(learning_rate=rate)
+    )
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda leaf, at=position: leaf[at], together),
+      jax.tree.map(lambda leaf: leaf[0], alone),
+      rtol=1e-4,
+      atol=1e-4,
+    )
+  assert not np.allclose(together.masks[0], together.masks[1], atol=1e-2)
+
+
 def _random_trigger(seed):
   mask_key, pattern_key = jax.random.split(jax.random.key(seed))
   mask = jax.random.uniform(mask_key, IMAGE_SHAPE[:2])

@@ -91,3 +91,33 @@ def test_a_pruning_aware_attacker_avoids_what_was_pruned():
     ],
   )
   assert cell.adapt(cell.config, record).attacker_avoids == "3,7"
+
+
+@pytest.mark.parametrize(
+  "make",
+  [*plan.TABLES.values(), *plan.FIGURES.values(), *plan.DISCUSSION.values()],
+)
+def test_some_pairs_are_a_part_of_all(make):
+  """Every experiment is in exactly one part, under its own label."""
+
+  def cells(artefact):
+    if isinstance(artefact, plan.Table):
+      return {
+        (row.label, name): (cell.config, row.paper)
+        for row in artefact.rows
+        for name, cell in row.cells.items()
+      }
+    return {label: cell.config for label, cell in artefact.cells.items()}
+
+  whole = make(BASES)
+  if getattr(whole, "kind", "") == "triggers":
+    assert plan.only(whole, [(9, 0)]) == whole
+    return
+  parts = [plan.only(whole, [pair]) for pair in paper.PAIRS]
+  # Nobody attacks a label with itself.
+  assert plan.only(whole, [(9, 9)]) is None
+  parts = [cells(part) for part in parts if part is not None]
+  assert sum(map(len, parts)) == len(cells(whole))
+  assert {key: value for part in parts for key, value in part.items()} == cells(
+    whole
+  )
