@@ -66,7 +66,7 @@ class Column(NamedTuple):
     group: the heading above, such as "All".
     name: "TA", "AA" or "N".
     variant: which of the row's experiments; the mean is shown where there are
-      several, named "variant/...".
+      several, named "variant/case".
     phase: of that experiment.
     key: of that phase.
     percent: whether the value is a fraction, shown in percent.
@@ -87,6 +87,26 @@ def variants_of(row: Row, column: Column) -> list[str]:
     for name in row.cells
     if name == column.variant or name.startswith(f"{column.variant}/")
   ]
+
+
+def cases_of(row: Row, known: Callable[[str], bool]) -> list[str]:
+  """The cases that a row's means are over: those that all variants know.
+
+  Otherwise columns would compare different cases.
+
+  Args:
+    row: of a table.
+    known: by experiment, whether it has a result.
+
+  Returns:
+    What follows the slash in the names of experiments, in their order.
+  """
+  by_case: dict[str, list[str]] = {}
+  for name in row.cells:
+    _, slash, case = name.partition("/")
+    if slash:
+      by_case.setdefault(case, []).append(name)
+  return [case for case, names in by_case.items() if all(map(known, names))]
 
 
 class Row(NamedTuple):

@@ -25,7 +25,9 @@ from fljax.reproduction.plan import TA
 from fljax.reproduction.plan import Column
 from fljax.reproduction.plan import Figure
 from fljax.reproduction.plan import Record
+from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
+from fljax.reproduction.plan import cases_of
 from fljax.reproduction.plan import variants_of
 
 # One colour per curve (Okabe and Ito), in the order of labels.
@@ -69,17 +71,23 @@ def values_of(
   values = np.full((len(table.rows), len(seeds), len(table.columns)), np.nan)
   for i, row in enumerate(table.rows):
     for j, seed in enumerate(seeds):
+      cases = _cases(row, records, seed)
       for k, column in enumerate(table.columns):
         found = [
           records[row.label, variant, seed].phase(column.phase)[column.key]
           for variant in variants_of(row, column)
           if (row.label, variant, seed) in records
+          and ("/" not in variant or variant.partition("/")[2] in cases)
         ]
         known = [value for value in found if value is not None]
         if known:
           value = float(np.mean(known))
           values[i, j, k] = 100 * value if column.percent else value
   return values
+
+
+def _cases(row: Row, records: Records, seed: int) -> list[str]:
+  return cases_of(row, lambda name: (row.label, name, seed) in records)
 
 
 def _mean_and_deviation(values: np.ndarray) -> tuple[float, float, int]:
@@ -163,6 +171,12 @@ def table(
   notes = [
     f"Ours (the paper's), TA and AA in percent. {table.note}".strip(),
     f"Seeds {', '.join(map(str, complete)) or 'none yet'}; `{command}`.",
+    *(
+      f"{row.label}, seed {seed}: means over {', '.join(cases)}."
+      for row in table.rows
+      for seed in complete
+      if (cases := _cases(row, records, seed))
+    ),
     *(
       f"{label}, {variant}, seed {seed}: {reason}"
       for (label, variant, seed), reason in failures.items()

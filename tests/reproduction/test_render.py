@@ -53,22 +53,27 @@ def test_values_stand_where_they_belong():
 def test_a_value_may_be_a_mean_over_experiments():
   bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
   table = plan.table_4(bases)
-  records = {
-    ("MNIST", f"theirs/9 → {target}", 0): plan.Record(
+
+  def baselines(target):
+    phases = [
       {
-        "phases": [
-          {
-            "name": name,
-            plan.TA: 0.9 + 0.04 * target,
-            plan.AA: 0.1 * place,
-            "seconds": 3.0,
-          }
-          for place, name in enumerate(configs.BASELINES)
-        ]
-      },
-      [],
-    )
-    for target in (0, 1)
+        "name": name,
+        plan.TA: 0.9 + 0.04 * target,
+        plan.AA: 0.1 * place,
+        "seconds": 3.0,
+      }
+      for place, name in enumerate(configs.BASELINES)
+    ]
+    whole = make_record()
+    return whole._replace(results={**whole.results, "phases": phases})
+
+  # What has not both is in no column: 2 → 9, and 9 → 5.
+  records = {
+    **{("MNIST", f"theirs/9 → {t}", 0): baselines(t) for t in (0, 1, 5)},
+    **{
+      ("MNIST", f"ours/{pair}", 0): make_record(all=(0.9, 0.3))
+      for pair in ("9 → 0", "9 → 1", "2 → 9")
+    },
   }
   values = render.values_of(table, records, (0,))
   places = [
@@ -77,7 +82,9 @@ def test_a_value_may_be_a_mean_over_experiments():
   np.testing.assert_allclose(
     values[0, 0, 2:14], [x for k in places for x in (92, 10 * k, 3)]
   )
-  assert np.isnan(values[0, 0, [0, 1, 14, 15]]).all()
+  np.testing.assert_allclose(values[0, 0, [0, 1, 14, 15]], [98, 100, 90, 30])
+  text = rendered(records, seeds=(0,), table=table).files["table-4.md"].decode()
+  assert "MNIST, seed 0: means over 9 → 0, 9 → 1.\n" in text
 
 
 def test_table_4_shows_the_papers_numbers_beside_the_oracle():
