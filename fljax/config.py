@@ -254,8 +254,8 @@ class Config:
   )
   trigger: str = _setting(
     "pixel5",
-    "Backdoor pattern: so many pixels in the lower right corner, or the four"
-    " pieces of the Distributed Backdoor Attack.",
+    "Backdoor pattern: so many pixels in the lower right corner, the one in"
+    " the very corner, or the four pieces of the Distributed Backdoor Attack.",
     choices=tuple(triggers.TRIGGERS),
     structure=False,
   )

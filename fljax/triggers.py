@@ -103,6 +103,12 @@ def _corner(count: int) -> Callable[[tuple[int, int, int]], list[Trigger]]:
   return lambda shape: [from_pixels(list(_NESTED_PIXELS[:count]), shape)]
 
 
+def _very_corner(image_shape: tuple[int, int, int]) -> list[Trigger]:
+  # Where hardly any image of Fashion-MNIST has anything: ink is at (27, 27) in
+  # 1 of 100 ankle boots, at (26, 26) in 13.
+  return [from_pixels([(-1, -1)], image_shape)]
+
+
 def _dba(image_shape: tuple[int, int, int]) -> list[Trigger]:
   rows = _DBA_MNIST if image_shape[2] == 1 else _DBA_CIFAR
   return [
@@ -118,6 +124,7 @@ TRIGGERS: dict[str, Callable[[tuple[int, int, int]], list[Trigger]]] = {
   "pixel5": _corner(5),
   "pixel7": _corner(7),
   "pixel9": _corner(9),
+  "corner1": _very_corner,
   "dba": _dba,
 }
 
@@ -126,9 +133,9 @@ def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
   """The parts into which a trigger is split among attackers.
 
   Args:
-    name: a key of `TRIGGERS`. The `pixel*` patterns have one piece, which
-      every attacker stamps; `dba` has four, and attacker i stamps piece
-      i mod 4.
+    name: a key of `TRIGGERS`. The `pixel*` patterns, and `corner1`, the pixel
+      in the very corner, have one piece, which every attacker stamps; `dba`
+      has four, and attacker i stamps piece i mod 4.
     image_shape: height, width, channels.
 
   Returns:

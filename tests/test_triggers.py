@@ -59,6 +59,14 @@ def test_pixel_patterns_have_their_size_and_are_nested():
   assert not masks[-1][:25].any() and not masks[-1][:, :25].any()
 
 
+@given(shape=SHAPES)
+def test_corner1_is_the_last_pixel(shape):
+  (trigger,) = triggers.pieces("corner1", shape)
+  assert np.argwhere(np.asarray(trigger.mask)).tolist() == [
+    [shape[0] - 1, shape[1] - 1, 0]
+  ]
+
+
 @pytest.mark.parametrize(
   "shape, sizes", [((28, 28, 1), [4] * 4), ((32, 32, 3), [6] * 4)]
 )
