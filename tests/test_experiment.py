@@ -144,6 +144,7 @@ def test_a_run_leaves_what_is_promised(config):
     ("fp,aw", ["training", "fp", "fp+aw"]),
     ("ft,fp", ["training", "ft", "ft+fp"]),
     ("aw,ft,fp", ["training", "aw", "aw+ft", "aw+ft+fp"]),
+    ("aw,ft,aw", ["training", "aw", "aw+ft", "aw+ft+aw"]),
   ],
 )
 def test_phases_are_chosen_and_ordered(config, cleanse, names):
