@@ -679,12 +679,19 @@ def write_report(
 def trigger_images(
   config: Config, dataset: data.Dataset
 ) -> list[tuple[str, np.ndarray]]:
-  """A test image of the victim label, clean and stamped, with captions."""
+  """A test image of the victim label, clean and stamped, with captions.
+
+  It is the first of those that are darkest where the trigger goes.
+  """
   if not config.num_attackers:
     return []
   pieces = triggers.pieces(config.trigger, dataset.train_images.shape[1:])
-  victim = dataset.test_labels == config.victim_label
-  image = dataset.test_images[int(np.argmax(victim))]
+  whole = triggers.union(pieces)
+  victims = dataset.test_images[dataset.test_labels == config.victim_label]
+  victims = victims if len(victims) else dataset.test_images
+  covered = victims[:, np.asarray(whole.mask)[..., 0]]
+  brightness = covered.reshape(len(victims), -1).mean(axis=1)
+  image = victims[int(np.argmin(brightness))]
   stamped = [("original", image)]
   if len(pieces) > 1:
     for index, piece in enumerate(pieces):
@@ -694,7 +701,7 @@ def trigger_images(
   stamped.append(
     (
       f"{config.victim_label} → {config.target_label}",
-      np.asarray(triggers.stamp(image, triggers.union(pieces))),
+      np.asarray(triggers.stamp(image, whole)),
     )
   )
   return stamped

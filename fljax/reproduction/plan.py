@@ -306,13 +306,16 @@ def table_2(bases: Bases) -> Table:
   )
 
 
+_JPEG = "CIFAR-10 (JPEG) where the data set is a JPEG copy."
+
+
 def table_3(bases: Bases) -> Table:
   """CIFAR-10 under the Distributed Backdoor Attack."""
   base = bases["cifar10"]
   return Table(
     "table-3",
     "Table III: CIFAR-10 under the Distributed Backdoor Attack",
-    "CIFAR-10 (JPEG) where the data set is a JPEG copy.",
+    _JPEG,
     _accuracies(_TRAINING, _FP, _FP_AW, _ALL),
     tuple(
       Row(
@@ -875,7 +878,7 @@ def figure_4(bases: Bases) -> Figure:
   return Figure(
     "figure-4",
     "Figure 4: the Distributed Backdoor Attack's pieces",
-    "",
+    _JPEG,
     "triggers",
     {"dba": Cell(bases["cifar10"])},
   )
