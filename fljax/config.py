@@ -368,6 +368,15 @@ class Config:
     low=0,
     cleansing=True,
   )
+  fine_tune_drop: float = _setting(
+    -1.0,
+    "Fine-tuning ends with the first round whose validation accuracy is at"
+    " most this, a fraction, below the trained model's (threshold_tuning of"
+    " Algorithm 1); -1 does not end it so.",
+    low=-1,
+    high=1,
+    cleansing=True,
+  )
   fine_tune_gamma: float = _setting(
     1.0,
     "Amplification γ that attackers keep up in fine-tuning.",
@@ -550,6 +559,11 @@ class Config:
     if deployable and not self.validation_size:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
+        " images, and --validation_size is 0."
+      )
+    if self.fine_tune_drop >= 0 and not self.validation_size:
+      raise errors.ConfigError(
+        f"--fine_tune_drop={self.fine_tune_drop:g} needs the server's own"
         " images, and --validation_size is 0."
       )
     try:

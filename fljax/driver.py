@@ -46,6 +46,8 @@ Array = jax.Array
 Config = configs.Config
 
 TRAINING = "training"
+# Of a phase: the accuracy, as the searches see it, of the model it began with.
+ACCURACY_BEFORE = "accuracy_before"
 
 
 def interrupted(stop: Stop, path: Any) -> errors.InterruptedRunError:
@@ -445,7 +447,11 @@ class Driver:
         }
 
     after = state.replace(params=pruned.params, neuron_mask=pruned.neuron_mask)
-    facts = {"pruned_neurons": pruned.num_pruned, "neurons": model.neurons}
+    facts = {
+      "pruned_neurons": pruned.num_pruned,
+      "neurons": model.neurons,
+      ACCURACY_BEFORE: float(pruned.accuracies[0]),
+    }
     return after, facts, curve
 
   def _fine_tune(
@@ -477,6 +483,7 @@ class Driver:
       experiment.key,
       rounds=config.fine_tune_rounds,
       patience=config.fine_tune_patience,
+      enough=self._enough(state),
       examples=experiment.examples,
       on_round=tell,
     )
@@ -489,6 +496,22 @@ class Driver:
       )
     facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}
     return tuned.state, facts, lambda: iter(lines)
+
+  def _enough(self, state: Any) -> float | None:
+    """With what accuracy fine-tuning is done, if that was asked for."""
+    experiment, drop = self.experiment, self.config.fine_tune_drop
+    if drop < 0:
+      return None
+    for phase in self.phases:
+      # The first one that knows began with the trained model.
+      if ACCURACY_BEFORE in phase:
+        return float(phase[ACCURACY_BEFORE]) - drop
+    # No search came before.
+    assert experiment.validation is not None
+    measured = evaluate.measure(
+      experiment.model, state.params, experiment.validation
+    )
+    return float(measured) - drop
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
     """Adjusting extreme weights (AW)."""
@@ -534,6 +557,7 @@ class Driver:
       "delta": adjusted.delta if np.isfinite(adjusted.delta) else None,
       "weight_mean": adjusted.mean,
       "weight_std": adjusted.std,
+      ACCURACY_BEFORE: float(adjusted.accuracies[0]),
     }
     return state.replace(params=adjusted.params), facts, curve
 

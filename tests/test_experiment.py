@@ -153,6 +153,23 @@ def test_phases_are_chosen_and_ordered(config, cleanse, names):
   assert [phase["name"] for phase in results["phases"]] == names
 
 
+@pytest.mark.parametrize("cleanse", ["fp,ft", "aw,ft", "ft"])
+def test_fine_tuning_ends_when_enough_is_recovered(config, cleanse):
+  """With everything allowed after one round, with nothing never early."""
+  for drop, expected in ((1.0, 1), (-1.0, 3)):
+    config = _with(
+      config,
+      cleanse=cleanse,
+      rounds=2,
+      fine_tune_rounds=3,
+      fine_tune_patience=0,
+      fine_tune_drop=drop,
+      workdir=f"{config.workdir}{drop:g}",
+    )
+    tuned = experiment.run(config, quiet=True)["phases"][-1]
+    assert tuned["fine_tune_rounds"] == expected
+
+
 def test_the_same_config_gives_the_same_bits(config):
   experiment.run(config, quiet=True)
   again = _with(config, workdir=config.workdir + "2")

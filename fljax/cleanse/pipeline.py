@@ -209,6 +209,7 @@ def fine_tune(
   *,
   rounds: int,
   patience: int = 0,
+  enough: float | None = None,
   examples: dict[str, evaluate.Examples] | None = None,
   on_round: Callable[
     [int, rounds_lib.ServerState, rounds_lib.RoundMetrics], None
@@ -231,6 +232,10 @@ def fine_tune(
     patience: stops after so many rounds without better accuracy on the
       server's validation images, examples["validation"]; 0, or no such
       examples, never does.
+    enough: stops after the first round with at least this accuracy on the
+      server's validation images: threshold_tuning of Algorithm 1. The
+      attackers take part in every round, so that none is wanted that the
+      model does not need. None never stops for that.
     examples: what to evaluate on after each round, by name.
     on_round: is told rounds done, state and metrics after each.
 
@@ -242,7 +247,8 @@ def fine_tune(
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
-    Zhu, Yang, Mitra), Section IV-B, Equation 2.
+    Zhu, Yang, Mitra), Section IV-B, Equation 2, and Algorithm 1,
+    "Fine-tuning".
   """
   state = jax.tree.map(jnp.copy, state)  # Blocks donate theirs.
   chosen = FineTuned(state, 0, 0, False)
@@ -263,6 +269,8 @@ def fine_tune(
       kept = jax.tree.map(jnp.copy, state) if done < rounds else state
       chosen = FineTuned(kept, done, done, False)
     elif patience and done - chosen.kept >= patience:
+      break
+    if enough is not None and measured >= enough - selection.TOLERANCE:
       break
   return chosen
 

@@ -165,12 +165,13 @@ def test_weights_can_be_adjusted_without_validation_images(model, trained):
   assert adjusted.zeroed > 0
 
 
+@pytest.mark.parametrize("enough", [None, 0.65, 0.7, 0.95])
 @pytest.mark.parametrize("patience", [0, 1, 2, 5])
 @pytest.mark.parametrize(
   "measured", [[0.5, 0.7, 0.6, 0.7, 0.4, 0.8], [0.5], [0.9, 0.1, 0.2], []]
 )
 def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
-  model, measured, patience
+  model, measured, patience, enough
 ):
   accuracies = iter(measured)
 
@@ -185,17 +186,24 @@ def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
     )
     return after, metrics
 
-  # Brute force: who waits for `patience` rounds after the last better one.
+  # Brute force: who waits for `patience` rounds after the last better one, or
+  # has what was wanted.
   ran = len(measured)
-  if patience:
-    for done in range(1, len(measured) + 1):
-      best = int(np.argmax(measured[:done])) + 1
-      if done - best >= patience:
-        ran = done
-        break
+  for done in range(1, len(measured) + 1):
+    best = int(np.argmax(measured[:done])) + 1
+    tired = patience and done - best >= patience
+    if tired or (enough is not None and measured[done - 1] >= enough):
+      ran = done
+      break
   state = make_state(model)
   tuned = pipeline.fine_tune(
-    block, state, None, None, rounds=len(measured), patience=patience
+    block,
+    state,
+    None,
+    None,
+    rounds=len(measured),
+    patience=patience,
+    enough=enough,
   )
   assert tuned.rounds == ran and not tuned.bad_round
   assert tuned.kept == (int(np.argmax(measured[:ran])) + 1 if ran else 0)
