@@ -154,8 +154,15 @@ def table(
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", RuntimeWarning)  # A mean of nothing.
       by_seed = np.nanmean(values[:, :, k], axis=0)
-    published = [row.paper[k] for row in table.rows]
-    known = [value for value in published if value is not None]
+    # The paper's over the same rows, unless there is none of ours yet.
+    ours = ~np.isnan(values[:, :, k]).all(axis=1)
+    known = [
+      value
+      for value, has in zip(
+        (row.paper[k] for row in table.rows), ours, strict=True
+      )
+      if value is not None and (has or not ours.any())
+    ]
     expected = float(np.mean(known)) if known else None
     average.append(_shown(column, by_seed, expected))
     mean, _, count = _mean_and_deviation(by_seed)
