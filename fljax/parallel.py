@@ -2,7 +2,8 @@
 
 A federation says where it lives (`Federation.mesh`); programs written with
 `map_clients` and `sum_over_clients` run there. Rows of padding, which make the
-clients axis divisible, cost time but count for nothing.
+clients axis divisible, cost time but count for nothing. `map_rows` does the
+same for rows that are no clients.
 
 Several processes, each with devices of its own, run the same program on one
 mesh of all devices. What only one of them may do, such as writing files, goes

@@ -136,9 +136,8 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
           f"--{flag.name}={text}: there is no such {flag.name} here; choose"
           f" some of {_numbers([*known])}."
         )
-      artefact: plan.Table | plan.Figure | None = known[int(text)](base)
-      if pairs and artefact is not None:
-        artefact = plan.only(artefact, pairs)
+      whole = known[int(text)](base)
+      artefact = plan.only(whole, pairs) if pairs else whole
       if artefact is None:
         print(
           f"--{flag.name}={text}: left out, none of its experiments is of"

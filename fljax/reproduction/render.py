@@ -77,7 +77,7 @@ def values_of(
           records[row.label, variant, seed].phase(column.phase)[column.key]
           for variant in variants_of(row, column)
           if (row.label, variant, seed) in records
-          and ("/" not in variant or variant.partition("/")[2] in cases)
+          and variant.partition("/")[2] in ("", *cases)
         ]
         known = [value for value in found if value is not None]
         if known:
