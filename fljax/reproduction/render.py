@@ -574,6 +574,12 @@ _DRAWINGS: dict[str, Callable[[Runs], figures.Figure]] = {
 
 # --- the page ----------------------------------------------------------------
 
+# A table wider than the page scrolls by itself, and numbers stay on a line.
+_WIDE_TABLES = """
+table { display: block; overflow-x: auto; }
+td.number { white-space: nowrap; }
+"""
+
 
 def page(sections: dict[str, str]) -> str:
   """One self-contained page.
@@ -596,7 +602,7 @@ def page(sections: dict[str, str]) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fljax: the paper's tables and figures</title>
-<style>{report.STYLE}</style></head>
+<style>{report.STYLE}{_WIDE_TABLES}</style></head>
 <body><h1>Toward Cleansing Backdoored Neural Networks in Federated Learning:
 tables and figures, reproduced</h1><ul>{links}</ul>{body}</body></html>
 """
