@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
 # What needs an accelerator, in one command on a machine without a network:
 #
-#   DATA=DIR OUT=DIR bash launch/accelerator.sh [benchmark] [table1] [table3]
+#   DATA=DIR OUT=DIR bash launch/accelerator.sh [STEP]...
 #
 # Without a step, all of them. Each is limited to LIMIT seconds (default 540)
 # and goes on where it stopped when it is called again with the same RUNS.
 #
-#   benchmark  images/s and peak memory, beside PyTorch's loop over clients if
-#              torch is installed
-#   table1     the 18 pairs of Table I on SEEDS (default 0,1,2), one sweep
-#   table3     the nine pairs of Table III, one sweep at float32 (TF32, or the
-#              TPU's default) and one at bfloat16; needs DATA, a TFDS directory
-#              with cifar10
+#   benchmark  images/s and peak memory, at float32 (TF32, or the TPU's default)
+#              and at bfloat16, beside PyTorch's loop over clients if torch is
+#              installed
+#   table3     CIFAR-10, nine pairs, trained as one program
+#   bfloat16   the same, trained at bfloat16
+#   table1     the 18 pairs of Table I on SEEDS (default 0,1,2), as one program
+#   table5     what Table V adds to it
+#   table2     Fashion-MNIST, nine pairs on SEEDS
+#   mnist      Tables VI and VII, Section VI-B and the figures, on seed 0
 #
-# FLAGS are added to every run, as in FLAGS='--rounds=1' to try things out;
-# PYTHON is the interpreter. Folders count from the repository's root. RUNS
-# (default runs/accelerator) holds the runs; OUT (default RUNS) gets a log per
-# step, what was measured, and runs.tar.gz: settings, phases and curves of all
-# runs without their checkpoints.
+# Tables II and III need DATA, a TFDS directory. FLAGS are added to every run,
+# as in FLAGS='rounds=1 eval_every=1' to try things out; PYTHON is the
+# interpreter. Folders count from the repository's root. RUNS (default
+# runs/accelerator) is the --workdir of launch/reproduce.py; OUT (default RUNS)
+# gets a log per step, what was measured, and runs.tar.gz: settings, phases and
+# curves of all runs without their checkpoints, which
+# `python launch/reproduce.py --results=DIR ...` takes over once unpacked.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} runs=${RUNS:-runs/accelerator} out=${OUT:-$runs}
 limit=${LIMIT:-540} seeds=${SEEDS:-0,1,2} data=${DATA:-}
-read -ra extra <<< "${FLAGS:-}"
 mkdir -p "$out" "$runs"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
@@ -38,46 +42,58 @@ step() { # NAME COMMAND...
   ((status == 0)) || failed=1
 }
 
-train() { # NAME FLAGFILE SWEEP FLAG...
-  local name=$1 file=$2 sweep=$3
-  shift 3
-  step "$name" "$python" launch/main.py --flagfile="launch/$file" \
-    --sweep="$sweep" --workdir="$runs/$name" --nofigures "$@" "${extra[@]}"
+reproduce() { # NAME RUNS FLAG...
+  local name=$1 folder=$2 text overrides=()
+  shift 2
+  for text in ${FLAGS:-}; do overrides+=("--override=$text"); done
+  step "$name" "$python" launch/reproduce.py --workdir="$folder" \
+    --data_dir="$data" "$@" "${overrides[@]}"
 }
 
-nine() { # FORMAT: a pair for each label but 9
-  printf "$1," 0 1 2 3 4 5 6 7 8 | sed 's/,$//'
+measure() { # NAME FLAG...
+  local name=$1 peer=()
+  shift
+  "$python" -c 'import torch' 2> /dev/null && peer=(--compare=torch)
+  step "$name" "$python" launch/benchmark.py --json="$out/$name.json" "$@" \
+    "${peer[@]}"
 }
 
-for name in ${*:-benchmark table1 table3}; do
+for name in ${*:-benchmark table3 bfloat16 table1 table5 table2 mnist}; do
   case $name in
-    benchmark)
-      peer=()
-      "$python" -c 'import torch' 2> /dev/null && peer=(--compare=torch)
-      step benchmark "$python" launch/benchmark.py --workload=W1,W2,W4 \
-        --json="$out/benchmark.json" "${peer[@]}"
-      ;;
-    table1)
-      train table1 mnist.flags \
-        "seed=$seeds;pairs=$(nine 9:%s),$(nine %s:9)"
-      ;;
-    table3)
+    table2 | table3 | bfloat16)
       if [[ -z $data ]]; then
-        echo "table3: DATA must name a TFDS directory with cifar10." >&2
+        echo "$name: DATA must name a TFDS directory." >&2
         failed=1
         continue
       fi
-      for precision in default bfloat16; do
-        train "table3-$precision" cifar10_dba.flags "pairs=$(nine 9:%s)" \
-          --data_dir="$data" --precision="$precision"
-      done
+      ;;
+  esac
+  case $name in
+    benchmark)
+      measure benchmark --workload=W4,W1,W2
+      measure benchmark-bfloat16 --workload=W4 --precision=bfloat16
+      ;;
+    table1 | table5 | table2)
+      reproduce "$name" "$runs" --table="${name#table}" --seeds="$seeds"
+      ;;
+    table3)
+      reproduce table3 "$runs" --table=3
+      ;;
+    bfloat16)
+      reproduce bfloat16 "$runs/bfloat16" --table=3 \
+        --override=precision=bfloat16
+      ;;
+    mnist)
+      reproduce mnist "$runs" --table=6,7 --discussion=1,2,3 \
+        --figure=3,5,6,10,8,7
       ;;
     *)
-      echo "no step $name: benchmark, table1 or table3." >&2
+      echo "no step $name: see the head of this file." >&2
       exit 2
       ;;
   esac
 done
 (cd "$runs" && find . -name config.json -o -name results.json \
-  -o -name metrics.jsonl | tar czf - -T -) > "$out/runs.tar.gz"
+  -o -name metrics.jsonl -o -name failed.txt | tar czf - -T -) \
+  > "$out/runs.tar.gz"
 exit $failed

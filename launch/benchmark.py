@@ -12,8 +12,8 @@
 Every workload runs in a process of its own, and its repetitions take turns
 with those of what it is compared with; medians count. Images of W1, W2, W4
 and W6 are random. FLOP/s are those that the network needs with plain
-convolutions, whatever form computes them, as a share of a 2048³ float32
-matrix product in the same process.
+convolutions, whatever form computes them, as a share of a matrix product of
+the same --precision in the same process: 2048³ on a CPU, 8192³ elsewhere.
 """
 
 from collections.abc import Callable
@@ -66,6 +66,13 @@ _CONV = flags.DEFINE_enum(
   "auto",
   ["auto", "blocks", "winograd", "slices", "lax"],
   "Form of convolutions; 'auto' is the backend's measured choice.",
+)
+_PRECISION = flags.DEFINE_enum(
+  "precision",
+  "default",
+  ["default", "high", "highest", "bfloat16"],
+  "Of training in W1, W2, W3, W4 and W6, see launch/main.py; PyTorch gets the"
+  " same: TF32 unless it is 'highest', autocast at 'bfloat16'.",
 )
 _WORKER = flags.DEFINE_string(
   "worker", "", "Internal: be the process that measures this."
@@ -190,7 +197,11 @@ def federated_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     rounds.make_round(
       model,
       local.sgd_training(
-        model, optax.sgd(LEARNING_RATE), epochs=1, batch_size=batch
+        model,
+        optax.sgd(LEARNING_RATE),
+        epochs=1,
+        batch_size=batch,
+        precision=_PRECISION.value,
       ),
       attack=attacks.Attack(),
       aggregator=aggregator,
@@ -205,8 +216,13 @@ def federated_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     state, metrics = block(state, federation, key, 1)
     jax.block_until_ready((state, metrics))
 
-  facts = facts_of_training(name, shape, batch)
-  facts.update(images=clients * samples, conv=conv, client_chunk=chunk)
+  facts = facts_of_training(name, shape)
+  facts.update(
+    images=clients * samples,
+    conv=conv,
+    client_chunk=chunk,
+    precision=_PRECISION.value,
+  )
   return repeat, facts
 
 
@@ -222,9 +238,7 @@ def mnist_round() -> tuple[Callable[[], Any], dict[str, Any]]:
     state, metrics = built.block(state, built.federation, built.key, 1)
     jax.block_until_ready((state, metrics))
 
-  facts = facts_of_training(
-    config.model, built.model.image_shape, config.batch_size
-  )
+  facts = facts_of_training(config.model, built.model.image_shape)
   facts["images"] = built.federation.num_clients * min(
     config.steps_per_round * config.batch_size,
     config.local_epochs * config.samples_per_client,
@@ -244,6 +258,7 @@ def main_job() -> Any:
     configs.from_flags(values),
     conv=_CONV.value,
     client_chunk=_CHUNK.value,
+    precision=_PRECISION.value,
   )
   return experiment.setup(config)
 
@@ -310,42 +325,50 @@ def searches() -> tuple[Callable[[], Any], dict[str, Any]]:
   return repeat, facts
 
 
-def facts_of_training(
-  name: str, shape: tuple[int, int, int], batch: int
-) -> dict[str, Any]:
+def facts_of_training(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
   """FLOPs per image of training, and what the device can do."""
-  import jax
-
-  from fljax import layers
-  from fljax import local
-  from fljax import models
-
-  plain = models.build(
-    name,
-    image_shape=shape,
-    num_classes=10,
-    forms=layers.Forms(conv="lax", pooling="lax"),
-  )
-
-  def loss(params: Any, images: Any, labels: Any, mask: Any) -> Any:
-    return local.cross_entropy(
-      models.apply(plain, params, images), labels, mask
-    )
-
-  def shaped(dtype: str, *dimensions: int) -> Any:
-    return jax.ShapeDtypeStruct(dimensions, dtype)
-
-  lowered = jax.jit(jax.grad(loss)).lower(
-    jax.eval_shape(plain.init, jax.random.key(0)),
-    shaped("uint8", batch, *shape),
-    shaped("int32", batch),
-    shaped("bool", batch),
-  )
-  cost: Any = lowered.cost_analysis()
   facts = device_facts()
-  facts["flops_per_image"] = cost["flops"] / batch
+  facts["flops_per_image"] = training_flops(name, shape)
   facts["matmul_flops"] = matmul_flops()
   return facts
+
+
+def training_flops(name: str, shape: tuple[int, int, int]) -> int:
+  """Products and sums of a forward and backward pass over one image.
+
+  Of plain convolutions (but for what they multiply with padding) and matrix
+  products: forward, the gradient of weights, and that of inputs but for the
+  first layer's.
+  """
+  from fljax import models
+
+  plan = models.MODELS[name]
+
+  def taps(side: int) -> int:
+    """Pairs of an output and an input that it sees, along one axis."""
+    grown = side + 2 * plan.padding - plan.size + 1
+    return sum(
+      0 <= output + tap - plan.padding < side
+      for output in range(grown)
+      for tap in range(plan.size)
+    )
+
+  height, width, channels = shape
+  tail: tuple[int | str, ...] = ("pool",) if plan.pool else ()
+  layers = []
+  for item in (*plan.stem, plan.target, *tail):
+    if item == "pool":
+      height, width = height // 2, width // 2
+      continue
+    layers.append(2 * taps(height) * taps(width) * channels * int(item))
+    height += 2 * plan.padding - plan.size + 1
+    width += 2 * plan.padding - plan.size + 1
+    channels = int(item)
+  inputs = height * width * channels
+  for features in (*plan.hidden, 10):
+    layers.append(2 * inputs * features)
+    inputs = features
+  return 3 * sum(layers) - layers[0]
 
 
 def device_facts() -> dict[str, Any]:
@@ -360,13 +383,17 @@ def device_facts() -> dict[str, Any]:
   }
 
 
-def matmul_flops(side: int = 2048) -> float:
-  """FLOP/s of a float32 matrix product of full precision."""
+def matmul_flops() -> float:
+  """FLOP/s of a matrix product at the precision of training."""
   import jax
   import jax.numpy as jnp
 
-  matrix = jnp.ones((side, side), jnp.float32)
-  product = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+  from fljax import execution
+
+  side = 2048 if jax.default_backend() == "cpu" else 8192
+  dtype = execution.compute_dtype(_PRECISION.value)
+  matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+  product = jax.jit(execution.at_precision(_PRECISION.value)(jnp.matmul))
   product(matrix, matrix).block_until_ready()
   seconds = []
   for _ in range(5):
@@ -384,9 +411,13 @@ def torch_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
   from torch import nn
 
   device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-  # As fljax computes unless told otherwise.
-  torch.backends.cuda.matmul.allow_tf32 = False
-  torch.backends.cudnn.allow_tf32 = False
+  # As fljax computes; and the fastest convolution of those that there are.
+  torch.backends.cuda.matmul.allow_tf32 = _PRECISION.value != "highest"
+  torch.backends.cudnn.allow_tf32 = _PRECISION.value != "highest"
+  torch.backends.cudnn.benchmark = True
+  autocast = torch.autocast(
+    device.type, torch.bfloat16, enabled=_PRECISION.value == "bfloat16"
+  )
   name, shape, clients, _, batch = ROUNDS[workload]
   samples = samples_of(workload, device.type)
   images, labels = random_images(workload, samples)
@@ -400,7 +431,8 @@ def torch_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     order = torch.randperm(samples, device=device)
     for chosen in order.split(batch):
       x = images[client, chosen].float() / 255
-      loss = nn.functional.cross_entropy(local(x), labels[client, chosen])
+      with autocast:
+        loss = nn.functional.cross_entropy(local(x), labels[client, chosen])
       sgd.zero_grad(set_to_none=True)
       loss.backward()
       sgd.step()
@@ -483,6 +515,7 @@ class Worker:
       f"--cpu_devices={_DEVICES.value}",
       f"--client_chunk={_CHUNK.value}",
       f"--conv={_CONV.value}",
+      f"--precision={_PRECISION.value}",
     ]
     self._process = subprocess.Popen(
       [sys.executable, __file__, f"--worker={name}", *passed],

@@ -28,6 +28,7 @@ import tqdm
 from fljax import config as configs
 from fljax import driver
 from fljax import errors
+from fljax import execution
 from fljax import experiment
 from fljax.reproduction import plan
 from fljax.reproduction import store as stores
@@ -82,6 +83,13 @@ _RESULTS = flags.DEFINE_string(
 )
 _RUN = flags.DEFINE_boolean(
   "run", True, "With --norun, only draw what has results already."
+)
+_TOGETHER = flags.DEFINE_enum(
+  "together",
+  "auto",
+  ["auto", "yes", "no"],
+  "Whether what cells are trained for is trained first, as one program for all"
+  " that differ in data alone; 'auto': on accelerators, which that fills.",
 )
 _OVERRIDE = flags.DEFINE_multi_string(
   "override",
@@ -188,6 +196,14 @@ def run(
     f" {store.path}",
     file=sys.stderr,
   )
+  together = execution.plan_for().sweep == "vmap"
+  if _TOGETHER.value != "auto":
+    together = _TOGETHER.value == "yes"
+  if together:
+    store.train_together(
+      (f"{command[2:]} {label}, seed {seed}", cell, seed)
+      for command, label, cell, seed in open_cells
+    )
   bar = tqdm.tqdm(open_cells, unit="cell", dynamic_ncols=True, file=sys.stderr)
   for command, label, cell, seed in bar:
     bar.set_description(f"{command} {label}, seed {seed}")

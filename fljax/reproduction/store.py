@@ -8,6 +8,7 @@ interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import hashlib
 import json
@@ -21,6 +22,7 @@ from fljax import console as consoles
 from fljax import driver as driving
 from fljax import errors
 from fljax import experiment as experiments
+from fljax import sweep as sweeps
 from fljax import workdir as workdirs
 from fljax.config import Config
 from fljax.reproduction.plan import Cell
@@ -151,6 +153,46 @@ class Store:
     if self._run(self._training(config)):
       self._run(config)
 
+  def train_together(
+    self, cells: Iterable[tuple[str, Cell, int]], *, over: str | None = None
+  ) -> None:
+    """Trains what cells build on, each structure's as one program.
+
+    What is trained already, is alone in its structure, or depends on what
+    another cell finds is left to `run`.
+
+    Args:
+      cells: names for the terminal, cells and seeds.
+      over: see `sweep.run`.
+
+    Raises:
+      errors.FljaxError: for any reason but that one diverges.
+    """
+    groups: dict[str, dict[str, Config]] = {}
+    seen = set()
+    for name, cell, seed in cells:
+      config = self.settings(cell, seed)
+      if config is None:
+        continue
+      training = self._training(config)
+      folder = Path(training.workdir)
+      if folder in seen or any(
+        (folder / done).exists() for done in (workdirs.RESULTS, FAILED)
+      ):
+        continue
+      seen.add(folder)
+      key = digest(training.structure())
+      groups.setdefault(key, {})[name] = training
+    for group in groups.values():
+      if len(group) < 2:
+        continue
+      outcome = sweeps.run(group, over=over)
+      for name, error in outcome.failed.items():
+        with workdirs.Workdir(
+          group[name].workdir, group[name].identity(), Config.defaults()
+        ) as workdir:
+          _note_failure(workdir, error)
+
   def take_over(self, folder: str) -> int:
     """Copies the records of finished runs that were made elsewhere.
 
@@ -209,7 +251,15 @@ class Store:
           experiment, workdir, consoles.Console(quiet=True), self._stop
         )
       except errors.DivergedError as error:
-        with workdir.writing(failed):
-          failed.write_text(f"{error}\n", encoding="utf-8")
+        _note_failure(workdir, error)
         return False
     return True
+
+
+def _note_failure(
+  workdir: workdirs.Workdir, error: errors.DivergedError
+) -> None:
+  """Keeps the reason, so that it is not tried again."""
+  path = workdir.path / FAILED
+  with workdir.writing(path):
+    path.write_text(f"{error}\n", encoding="utf-8")

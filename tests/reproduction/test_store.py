@@ -112,6 +112,49 @@ def test_a_cell_that_diverges_says_why_and_is_left(base, store, monkeypatch):
   assert "not finite" in store.failure(builds_on_it, 0)
 
 
+def test_cells_trained_together_are_those_trained_alone(base, store, tmp_path):
+  cells = [
+    ("a", plan.Cell(_with(base, cleanse="")), 3),
+    ("b", plan.Cell(_with(base, cleanse="", gamma=1.5)), 3),
+    # The same training as the first; and one of another structure.
+    ("c", plan.Cell(_with(base, cleanse="aw")), 3),
+    ("d", plan.Cell(_with(base, cleanse="", momentum=0.5)), 3),
+  ]
+  store.train_together(cells, over="map")
+  assert len(list((store.path / "trained").iterdir())) == 2
+  assert not (store.path / "runs").exists()
+  alone = stores.Store(str(tmp_path / "alone"), driver.Stop())
+  for _, cell, seed in cells[:2]:
+    for each in (store, alone):
+      each.run(cell, seed)
+    ours, theirs = (
+      each.record(cell, seed).curve("training") for each in (store, alone)
+    )
+    assert ours == theirs
+  store.run(cells[2][1], 3)
+  assert len(list((store.path / "trained").iterdir())) == 2
+
+
+def test_one_that_diverges_among_others_is_noted(base, store, monkeypatch):
+  wild = plan.Cell(_with(base, cleanse="", gamma=3.0))
+  tame = plan.Cell(_with(base, cleanse=""))
+  calm = experiment.setup
+
+  def setup(config, **keywords):
+    made = calm(config, **keywords)
+    if config.gamma == 3.0:
+      rate = made.federation.rate * float("inf")
+      made = made._replace(federation=made.federation.replace(rate=rate))
+    return made
+
+  monkeypatch.setattr(experiment, "setup", setup)
+  store.train_together([("wild", wild, 3), ("tame", tame, 3)])
+  assert "not finite" in store.failure(wild, 3)
+  assert store.failure(tame, 3) is None
+  store.run(tame, 3)
+  assert store.record(tame, 3) is not None
+
+
 def test_a_damaged_result_is_named(base, store):
   cell = plan.Cell(_with(base, cleanse="", rounds=1))
   store.run(cell, 0)
