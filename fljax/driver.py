@@ -167,7 +167,7 @@ class Driver:
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in course(self.config.phases):
         if name not in done:
-          self._check_stop()
+          self.check_stop()
           after = self._phase(name, kind, self.state)
           self._finish(name, after, side=side)
           if not side:
@@ -184,11 +184,13 @@ class Driver:
     write_report(self.config, results, self.workdir, self.experiment.dataset)
     return results
 
-  def _stopping(self) -> bool:
+  def stopping(self) -> bool:
+    """Whether someone asked the run, or another process of it, to stop."""
     return parallel.anywhere(self.stop.signal is not None)
 
-  def _check_stop(self) -> None:
-    if self._stopping():
+  def check_stop(self) -> None:
+    """Raises errors.InterruptedRunError if someone asked the run to stop."""
+    if self.stopping():
       raise interrupted(self.stop, self.workdir.path)
 
   def _finish(self, name: str, state: Any, *, side: bool) -> None:
@@ -266,9 +268,9 @@ class Driver:
           done, line["test_accuracy"], line["attack_success"]
         )
       self.seconds = time.perf_counter() - started
-      if done < config.rounds and self._stopping():
+      if done < config.rounds and self.stopping():
         self.save_training(state)
-        self._check_stop()
+        self.check_stop()
       if self.due(done):
         self.save_training(state)
     self.console.stop()
@@ -473,7 +475,7 @@ class Driver:
       lines.append(line)
       self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
-      self._check_stop()
+      self.check_stop()
 
     self.console.start(name, config.fine_tune_rounds, 0)
     tuned = pipeline.fine_tune(

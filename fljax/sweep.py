@@ -44,6 +44,9 @@ Config = configs.Config
 
 PAIRS = "pairs"
 _PAIR = ("victim_label", "target_label")
+# What of the attack means nothing before it begins (--attack_start). The
+# victim label is not among it: attackers are dealt images of that label.
+_OF_ATTACK = ("target_label", "gamma", "attacker_learning_rate")
 
 
 # --- which experiments -------------------------------------------------------
@@ -381,6 +384,92 @@ def _train(
   return diverged
 
 
+def _begin_together(
+  drivers: Iterable[driving.Driver], console: consoles.Console
+) -> None:
+  """Trains once what is the same in several experiments.
+
+  Until attackers begin, those that differ in the attack alone are one.
+
+  Args:
+    drivers: of experiments in training, restored; their states are what is
+      trained here, up to where attackers begin.
+    console: shows where they stand.
+
+  Raises:
+    errors.InterruptedRunError: stopped; everything is saved.
+  """
+  groups: dict[str, list[driving.Driver]] = {}
+  for driver in drivers:
+    config, done = driver.config, int(driver.state.round)
+    if done < min(config.attack_start, config.rounds):
+      settings = config.training()
+      for name in _OF_ATTACK:
+        del settings[name]
+      groups.setdefault(repr((done, settings)), []).append(driver)
+  for group in groups.values():
+    if len(group) > 1:
+      _begin(group, console)
+
+
+def _begin(group: list[driving.Driver], console: consoles.Console) -> None:
+  """Trains the first, to where attackers begin, for all of a group."""
+  leader = group[0]
+  config, experiment = leader.config, _to_device(leader.experiment)
+  state = jax.tree.map(jnp.asarray, leader.state)
+  done, last = int(state.round), min(config.attack_start, config.rounds)
+  console.say(
+    f"{len(group)} experiments are one until attackers begin, after round"
+    f" {last}"
+  )
+  console.start(driving.TRAINING, config.rounds, done)
+  stopping = False
+  while done < last and not stopping:
+    started = time.perf_counter()
+    length = min(leader.block_length(done), last - done)
+    last_good = jax.tree.map(jnp.copy, state)
+    state, metrics = experiment.block(
+      state, experiment.federation, experiment.key, length, experiment.examples
+    )
+    if int(metrics.bad_round):
+      # Each will find that out for itself.
+      state = last_good
+      break
+    done += length
+    own = [metrics] + [
+      metrics.replace(
+        accuracies={
+          **metrics.accuracies,
+          "backdoored": evaluate.measure(
+            experiment.model,
+            state.params,
+            _to_device(driver.experiment).backdoored,
+          ),
+        }
+      )
+      for driver in group[1:]
+    ]
+    for driver, each in zip(group, own, strict=True):
+      driver.seconds += (time.perf_counter() - started) / len(group)
+      line = driver.log_training(done, each)
+      if line is not None and driver is leader:
+        _advance(console, done, [line])
+    stopping = leader.stopping()
+    if stopping or leader.due(done):
+      for driver in group:
+        driver.save_training(state)
+  console.stop()
+  if stopping:
+    leader.check_stop()
+  for driver in group:
+    # Copies: a block takes its state's memory.
+    driver.state = (
+      jax.device_get(state)
+      if experiment.mesh is None
+      else jax.tree.map(jnp.copy, state)
+    )
+
+
 def _advance(
   console: consoles.Console, done: int, lines: list[dict[str, Any]]
 ) -> None:
@@ -527,6 +616,7 @@ def _train_together(
   training = [drivers[name] for name in names]
   if len(training) < 2:
     return
+  _begin_together(training, console)
   why = None
   if training[0].experiment.mesh is not None:
     why = "clients are spread over several devices"

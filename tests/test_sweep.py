@@ -235,6 +235,41 @@ def test_all_at_once_agrees_with_single_runs_to_rounding(folder, single):
       np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
 
 
+def test_what_is_one_until_attackers_begin_is_trained_once(
+  folder, monkeypatch, capsys
+):
+  def config(name):
+    return _config(folder, name, attack_start=2, checkpoint_every=2)
+
+  text = "pairs=3:1,3:2,2:1;gamma=1,2"
+  alone = sweep.expand(config("late alone"), text)
+  for name in ("3-1,gamma=1", "3-2,gamma=2", "2-1,gamma=2"):
+    experiment.run(alone[name], quiet=True)
+  setup, lengths = experiment.setup, []
+
+  def counting(*arguments, like=None, **options):
+    made = setup(*arguments, like=like, **options)
+    if like is not None:
+      return made
+
+    def block(state, federation, key, length, examples=None):
+      if isinstance(length, int):
+        lengths.append(length)
+      return made.block(state, federation, key, length, examples)
+
+    return made._replace(block=block)
+
+  monkeypatch.setattr(experiment, "setup", counting)
+  together = sweep.expand(config("late"), text)
+  sweep.run(together, over="map")
+  assert "4 experiments are one until attackers" in capsys.readouterr().err
+  # Once for the four whose victim label is 3, once for the other two.
+  assert lengths == [2, 2]
+  for name in ("3-1,gamma=1", "3-2,gamma=2", "2-1,gamma=2"):
+    ours, theirs = (Path(found[name].workdir) for found in (together, alone))
+    _assert_same(_left(ours), _left(theirs))
+
+
 def test_the_plan_chooses(folder, monkeypatch, capsys):
   plan = execution.plan_for()._replace(sweep="vmap")
   monkeypatch.setitem(execution.PLANS, jax.default_backend(), plan)
