@@ -192,6 +192,23 @@ def backdoor(
     Zhu, Yang, Mitra), Section III-B; BadNets (Gu, Dolan-Gavitt, Garg).
   """
 
+  def data(federation: Federation, key: Array) -> Federation:
+    return _poison(federation, key, victim_label, target_label, fraction)
+
+  return Attack(data=data)
+
+
+# Labels and share are arguments, so that experiments share one compilation.
+@jax.jit
+def _poison(
+  federation: Federation,
+  key: Array,
+  victim_label: Array | int,
+  target_label: Array | int,
+  fraction: Array | float,
+) -> Federation:
+  """See `backdoor`."""
+
   def poison(client: Federation, key: Array) -> Federation:
     samples = client.mask.shape[0]
     victim = client.mask & (client.labels == victim_label)
@@ -220,13 +237,10 @@ def backdoor(
       poisoned=client.poisoned | gives_way,
     )
 
-  def data(federation: Federation, key: Array) -> Federation:
-    keys = jax.vmap(lambda client: jax.random.fold_in(key, client))(
-      federation.ids
-    )
-    return jax.vmap(poison)(federation, keys)
-
-  return Attack(data=data)
+  keys = jax.vmap(lambda client: jax.random.fold_in(key, client))(
+    federation.ids
+  )
+  return jax.vmap(poison)(federation, keys)
 
 
 def model_replacement(gamma: float) -> Attack:

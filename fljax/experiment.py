@@ -140,7 +140,7 @@ def setup(
   mesh = parallel.make_mesh(config.devices)
 
   def poison(clients: federations.Federation) -> federations.Federation:
-    return jax.jit(attack.data)(clients, jax.random.fold_in(root, 1))
+    return attack.data(clients, jax.random.fold_in(root, 1))
 
   everyone = (dataset.train_images, dataset.train_labels, partition)
   who: dict[str, Any] = {
