@@ -18,6 +18,7 @@ from fljax import data
 from fljax import errors
 from fljax import execution
 from fljax import layers
+from fljax import local
 from fljax import models
 from fljax import triggers
 from fljax.cleanse import pruning
@@ -208,6 +209,13 @@ class Config:
     low=0,
   )
   batch_size: int = _setting(20, "Images per local step.", low=1)
+  augment: str = _setting(
+    "none",
+    "Random changes of training images, afresh in every step: 'flip' mirrors"
+    " half of them left to right, 'crop' also shifts by up to 4 pixels each"
+    " way. Triggers are stamped after it.",
+    choices=tuple(local.AUGMENTATIONS),
+  )
   learning_rate: float = _setting(0.1, "Local learning rate.", above=0)
   final_learning_rate: float = _setting(
     0.0,

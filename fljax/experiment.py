@@ -55,6 +55,7 @@ class Experiment(NamedTuple):
     test: the whole test split, for TA.
     backdoored: stamped test images, for AA; None without attackers.
     mesh: the devices that clients are spread over; None for a single one.
+    data_sha256: the data set's `data.digest`.
   """
 
   config: Config
@@ -69,6 +70,7 @@ class Experiment(NamedTuple):
   test: evaluate.Examples
   backdoored: evaluate.Examples | None
   mesh: parallel.Mesh | None
+  data_sha256: str
 
   @property
   def examples(self) -> dict[str, evaluate.Examples]:
@@ -219,6 +221,7 @@ def setup(
     test=test,
     backdoored=stamped and parallel.place_examples(stamped, mesh),
     mesh=mesh,
+    data_sha256=like.data_sha256 if like else data.digest(dataset),
   )
 
 
@@ -259,6 +262,7 @@ def _programs(
       most_steps=config.local_steps,
       last_conv_l2=config.last_conv_l2,
       precision=config.precision,
+      augmentation=config.augment,
       attackers_hook=attack.local,
     ),
     attack=attack,
@@ -413,7 +417,7 @@ def drive(
   Raises:
     errors.FljaxError: with one sentence for the user.
   """
-  workdir.claim(data.digest(experiment.dataset))
+  workdir.claim(experiment.data_sha256)
   driver = driving.Driver(experiment, workdir, console, stop)
   driver.restore()
   return driver.finish()

@@ -84,6 +84,55 @@ def epoch_batches(key: Array, mask: Array, batch_size: int) -> Array:
   return order.reshape(-1, batch_size)
 
 
+# How far "crop" shifts an image at most, in pixels.
+_SHIFT = 4
+
+
+def _mirrored(key: Array, images: Array) -> Array:
+  chosen = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+  return jnp.where(chosen, images[:, :, ::-1], images)
+
+
+def _shifted(key: Array, images: Array) -> Array:
+  sides = [(0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)]
+  padded = jnp.pad(images, sides)
+  places = jax.random.randint(key, (images.shape[0], 2), 0, 2 * _SHIFT + 1)
+  return jax.vmap(
+    lambda image, place: lax.dynamic_slice(
+      image, (place[0], place[1], 0), images.shape[1:]
+    )
+  )(padded, places)
+
+
+# By name, in the order in which they are applied.
+AUGMENTATIONS: dict[str, tuple[Callable[[Array, Array], Array], ...]] = {
+  "none": (),
+  "flip": (_mirrored,),
+  "crop": (_shifted, _mirrored),
+}
+
+
+def augment(key: Array, images: Array, kind: str) -> Array:
+  """Changes training images at random, each by itself.
+
+  Args:
+    key: random key of this batch.
+    images: [batch, height, width, channels].
+    kind: "none"; "flip", which mirrors half of them left to right; or "crop",
+      which also shifts by up to 4 pixels each way, black coming in.
+
+  Returns:
+    Images of the same shape and type.
+
+  References:
+    The usual ones for CIFAR-10, from Deep Residual Learning for Image
+    Recognition (He, Zhang, Ren, Sun), Section 4.2.
+  """
+  for index, change in enumerate(AUGMENTATIONS[kind]):
+    images = change(jax.random.fold_in(key, index), images)
+  return images
+
+
 def sgd_training(
   model: models.Model,
   optimizer: optax.GradientTransformation,
@@ -93,6 +142,7 @@ def sgd_training(
   most_steps: int = 0,
   last_conv_l2: float = 0.0,
   precision: str = "default",
+  augmentation: str = "none",
   attackers_hook: Callable[[Params], Params] | None = None,
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
@@ -113,6 +163,8 @@ def sgd_training(
     precision: of matrix products and convolutions, forward and backward: one
       of `execution.PRECISIONS`. Parameters, their gradients and updates, and
       the loss are float32 at all of them.
+    augmentation: see `augment`; a trigger is stamped after it, where it lies
+      in test images too.
     attackers_hook: applied to an active attacker's model after each step.
 
   Returns:
@@ -147,12 +199,15 @@ def sgd_training(
     if most_steps:
       batches = batches[:most_steps]
 
-    def step(carry: Any, indices: Array) -> tuple[Any, tuple[Array, Array]]:
+    def step(
+      carry: Any, batch: tuple[Array, Array]
+    ) -> tuple[Any, tuple[Array, Array]]:
       params, opt_state = carry
+      indices, step_key = batch
       valid = indices < samples
       indices = jnp.minimum(indices, samples - 1)
       mask = valid & counts[indices]
-      images = client.images[indices]
+      images = augment(step_key, client.images[indices], augmentation)
       stamped = triggers.stamp(images, client.trigger)
       poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
       images = jnp.where(poisoned, stamped, images)
@@ -176,7 +231,11 @@ def sgd_training(
       return carry, (loss * count, count)
 
     start = (params, optimizer.init(params))
-    (params, _), (losses, numbers) = lax.scan(step, start, batches)
+    # Not among those that shuffle: without augmentation nothing changes.
+    step_keys = jax.random.split(
+      jax.random.fold_in(key, epochs), batches.shape[0]
+    )
+    (params, _), (losses, numbers) = lax.scan(step, start, (batches, step_keys))
     return params, losses.sum() / jnp.maximum(numbers.sum(), 1)
 
   return train

@@ -28,7 +28,6 @@ import numpy as np
 
 from fljax import config as configs
 from fljax import console as consoles
-from fljax import data
 from fljax import driver as driving
 from fljax import errors
 from fljax import evaluate
@@ -571,7 +570,6 @@ def _drivers(
   Nothing is begun before all of them are known good.
   """
   like: experiments.Experiment | None = None
-  digest = ""
   ready = {}
   for name, config in sweep.items():
     found = folders[name].results()
@@ -583,12 +581,11 @@ def _drivers(
       experiment = experiments.setup(config, like=like)
     except errors.ConfigError as error:
       raise errors.ConfigError(f"{name}: {error}") from error
-    if like is None:
-      like, digest = experiment, data.digest(experiment.dataset)
+    like = like or experiment
     ready[name] = _to_host(experiment)
   drivers = {}
   for name, experiment in ready.items():
-    folders[name].claim(digest)
+    folders[name].claim(experiment.data_sha256)
     drivers[name] = driving.Driver(
       experiment,
       folders[name],

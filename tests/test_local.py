@@ -181,6 +181,52 @@ def test_an_attackers_own_rate_counts_while_it_attacks(model, params):
   )
 
 
+@given(seed=st.integers(0, 99), kind=st.sampled_from(["none", "flip", "crop"]))
+def test_augmentation_mirrors_and_shifts(seed, kind):
+  rng = np.random.default_rng(seed)
+  images = rng.integers(1, 256, (6, 5, 7, 2), np.uint8)
+  out = local.augment(jax.random.key(seed), jnp.asarray(images), kind)
+  assert out.shape == images.shape and out.dtype == jnp.uint8
+  shifts = range(9) if kind == "crop" else [4]
+  for image, changed in zip(images, np.asarray(out), strict=True):
+    padded = np.pad(image, [(4, 4), (4, 4), (0, 0)])
+    possible = [
+      padded[row : row + 5, column : column + 7]
+      for row in shifts
+      for column in shifts
+    ]
+    if kind != "none":
+      possible += [one[:, ::-1] for one in possible]
+    assert any((changed == one).all() for one in possible)
+
+
+def test_augmentation_does_each_half_of_the_time():
+  images = jnp.arange(2 * 400, dtype=jnp.uint8).reshape(400, 1, 2, 1)
+  out = local.augment(jax.random.key(0), images, "flip")
+  mirrored = (out != images).any(axis=(1, 2, 3)).mean()
+  assert 0.4 < float(mirrored) < 0.6
+  again = local.augment(jax.random.key(1), images, "flip")
+  assert (again != out).any()
+
+
+def test_triggers_are_stamped_after_augmentation(model, params, monkeypatch):
+  federation, _ = make_federation()
+  client = federations.select(federation, 0)
+  mask = jnp.ones(model.neurons, bool)
+
+  def trained(client, augmentation):
+    train = make_training(model, augmentation=augmentation)
+    return train(params, client, mask, jnp.asarray(True), jax.random.key(1))[0]
+
+  black = client.replace(images=jnp.zeros_like(client.images))
+  without = trained(black, "none")
+  assert (client.images != 0).any() and client.poisoned.any()
+  monkeypatch.setitem(
+    local.AUGMENTATIONS, "flip", (lambda key, images: jnp.zeros_like(images),)
+  )
+  chex.assert_trees_all_equal(trained(client, "flip"), without)
+
+
 def test_a_client_without_samples_keeps_the_global_model(model, params):
   federation, _ = make_federation()
   client = federations.select(federation, 1)
