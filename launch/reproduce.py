@@ -101,6 +101,10 @@ _OVERRIDE = flags.DEFINE_multi_string(
 
 def bases(overrides: Sequence[str], data_dir: str) -> plan.Bases:
   """The settings of each data set, from its flagfile."""
+  if any(text.partition("=")[0] == "cleanse" for text in overrides):
+    raise errors.ConfigError(
+      "--override=cleanse: the phases are what tables and figures show."
+    )
   found = {}
   for name, file in _FLAGFILES.items():
     values = flags.FlagValues()

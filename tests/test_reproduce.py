@@ -31,8 +31,10 @@ def reproduce(folder, *arguments):
 
 
 def test_a_figure_is_made_and_not_made_twice(tmp_path):
-  process = reproduce(tmp_path, "--figure=3,1", "--seeds=4")
+  process = reproduce(tmp_path, "--figure=3,1", "--seeds=4", "--together=yes")
   assert process.returncode == 0, process.stderr
+  assert "10 clients, 1 attacking 9 -> 0" in process.stderr
+  assert "and 2 more in " in process.stderr
   out = tmp_path / "results"
   for name in ("figure-3.png", "figure-3.svg", "figure-3.json", "figure-1.png"):
     assert (out / name).stat().st_size > 1000
@@ -84,6 +86,7 @@ def test_some_pairs_alone(tmp_path):
     (["--table=8"], "--table=8: there is no such table"),
     (["--table=1", "--seeds=one"], "--seeds=one must be numbers"),
     (["--table=1", "--override=round=1"], "--override: "),
+    (["--table=1", "--override=cleanse=fp"], "--override=cleanse: the phases"),
     (["table=1"], "unexpected argument 'table=1'"),
     (["--table=1", "--pairs=9-0"], "--pairs=9-0: give a victim"),
     (["--table=2", "--pairs=1:9"], "--table=2: left out, none"),
