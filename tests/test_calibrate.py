@@ -1,0 +1,75 @@
+"""launch/calibrate.py as its users start it."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+import pytest
+
+SMALL = (
+  "--rounds=1",
+  "--samples_per_client=60",
+  "--model=mnist_small",
+  "--validation_size=200",
+  "--fine_tune_rounds=1",
+)
+
+
+def calibrate(folder, *arguments):
+  return subprocess.run(
+    [
+      sys.executable,
+      str(ROOT / "launch" / "calibrate.py"),
+      f"--flagfile={ROOT / 'launch' / 'mnist.flags'}",
+      *SMALL,
+      f"--store={folder}",
+      *arguments,
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
+  variants = ("adjusting_drop=0.5", "cleanse=fp pruning=rap")
+  arguments = [f"--variant={text}" for text in variants]
+  process = calibrate(tmp_path, "--pairs=9:1", *arguments)
+  assert process.returncode == 0, process.stderr
+  assert len(list((tmp_path / "trained").iterdir())) == 1
+  assert len(list((tmp_path / "runs").iterdir())) == 3
+  shown = json.loads((tmp_path / "calibration-validation.json").read_text())
+  assert list(shown) == ["", *variants]
+  for text in variants:
+    assert f"| {text} |" in process.stdout
+  # Whether the attack has taken, and nothing of it afterwards.
+  for row in shown.values():
+    assert "AA" in row.pop("training") and row.pop("runs") == "1"
+    assert "fp" in row and all(float(value) > 1 for value in row.values())
+
+  again = calibrate(tmp_path, "--pairs=9:1", "--oracle", *arguments)
+  assert again.returncode == 0, again.stderr
+  shown = json.loads((tmp_path / "calibration-test.json").read_text())
+  assert all("AA" in row["fp"] and "TA" in row["fp"] for row in shown.values())
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--seeds=0"], "--seeds=0: calibration seeds are numbers from 100 on"),
+    (["--seeds=100,x"], "--seeds=100,x: calibration"),
+    (["--variant=drop=1"], "'drop=1' is no setting of launch/main.py"),
+    (["--variant=gamma"], "'gamma' is no setting"),
+    (["--variant=gamma=much"], "'much' is no value of gamma"),
+    (["--variant=gamma=0.1"], "--gamma=0.1 is out of range"),
+    (["--pairs=9"], "'9' is no value of pairs"),
+    (["--sweep=seed=0,1"], "--sweep is launch/main.py's"),
+    (["variant"], "unexpected argument 'variant'"),
+  ],
+  ids=lambda value: str(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(tmp_path, arguments, message):
+  process = calibrate(tmp_path, *arguments)
+  assert process.returncode == 2
+  assert message in process.stderr and "Traceback" not in process.stderr
