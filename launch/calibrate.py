@@ -65,7 +65,7 @@ def replaced(base: configs.Config, text: str) -> configs.Config:
   Raises:
     errors.ConfigError: a setting does not exist or has no such value.
   """
-  kinds = {
+  kinds: dict[str, Any] = {
     field.name: type(field.default) for field in dataclasses.fields(base)
   }
   changes: dict[str, Any] = {}
