@@ -22,11 +22,13 @@ def test_every_flag_that_is_named_exists():
     config.define_flags()
   named = set(re.findall(r"--([a-z_0-9]+)", README))
   assert len(named) > 15
-  # launch/reproduce.py's flags share names with those of runs.
-  script = (ROOT / "launch" / "reproduce.py").read_text(encoding="utf-8")
-  reproduce = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', script)
-  assert "discussion" in reproduce
-  assert named <= {*flags.FLAGS, *reproduce, "flagfile", "helpfull"}
+  # These scripts' flags share names with those of runs.
+  own = {"flagfile", "helpfull"}
+  for name in ("reproduce.py", "calibrate.py"):
+    script = (ROOT / "launch" / name).read_text(encoding="utf-8")
+    own |= set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', script))
+  assert {"discussion", "variant"} <= own
+  assert named <= {*flags.FLAGS, *own}
 
 
 def test_every_file_that_is_named_exists():
