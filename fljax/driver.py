@@ -167,7 +167,7 @@ class Driver:
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in course(self.config.phases):
         if name not in done:
-          self.check_stop()
+          self._check_stop()
           after = self._phase(name, kind, self.state)
           self._finish(name, after, side=side)
           if not side:
@@ -188,8 +188,7 @@ class Driver:
     """Whether someone asked the run, or another process of it, to stop."""
     return parallel.anywhere(self.stop.signal is not None)
 
-  def check_stop(self) -> None:
-    """Raises errors.InterruptedRunError if someone asked the run to stop."""
+  def _check_stop(self) -> None:
     if self.stopping():
       raise interrupted(self.stop, self.workdir.path)
 
@@ -270,7 +269,7 @@ class Driver:
       self.seconds = time.perf_counter() - started
       if done < config.rounds and self.stopping():
         self.save_training(state)
-        self.check_stop()
+        self._check_stop()
       if self.due(done):
         self.save_training(state)
     self.console.stop()
@@ -475,7 +474,7 @@ class Driver:
       lines.append(line)
       self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
-      self.check_stop()
+      self._check_stop()
 
     self.console.start(name, config.fine_tune_rounds, 0)
     tuned = pipeline.fine_tune(

@@ -384,7 +384,10 @@ def _train(
 
 
 def _begin_together(
-  drivers: Iterable[driving.Driver], console: consoles.Console
+  drivers: Iterable[driving.Driver],
+  console: consoles.Console,
+  stop: driving.Stop,
+  path: str,
 ) -> None:
   """Trains once what is the same in several experiments.
 
@@ -394,6 +397,8 @@ def _begin_together(
     drivers: of experiments in training, restored; their states are what is
       trained here, up to where attackers begin.
     console: shows where they stand.
+    stop: whether to save and end.
+    path: the folder to name when stopped.
 
   Raises:
     errors.InterruptedRunError: stopped; everything is saved.
@@ -401,18 +406,22 @@ def _begin_together(
   groups: dict[str, list[driving.Driver]] = {}
   for driver in drivers:
     config, done = driver.config, int(driver.state.round)
-    if done < min(config.attack_start, config.rounds):
+    if config.num_attackers and done < min(config.attack_start, config.rounds):
       settings = config.training()
       for name in _OF_ATTACK:
         del settings[name]
       groups.setdefault(repr((done, settings)), []).append(driver)
   for group in groups.values():
-    if len(group) > 1:
-      _begin(group, console)
+    if len(group) > 1 and not _begin(group, console):
+      raise driving.interrupted(stop, path)
 
 
-def _begin(group: list[driving.Driver], console: consoles.Console) -> None:
-  """Trains the first, to where attackers begin, for all of a group."""
+def _begin(group: list[driving.Driver], console: consoles.Console) -> bool:
+  """Trains the first, to where attackers begin, for all of a group.
+
+  Returns:
+    Whether it came there; if not, it was stopped, and everything is saved.
+  """
   leader = group[0]
   config, experiment = leader.config, _to_device(leader.experiment)
   state = jax.tree.map(jnp.asarray, leader.state)
@@ -458,8 +467,6 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> None:
       for driver in group:
         driver.save_training(state)
   console.stop()
-  if stopping:
-    leader.check_stop()
   for driver in group:
     # Copies: a block takes its state's memory.
     driver.state = (
@@ -467,6 +474,7 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> None:
       if experiment.mesh is None
       else jax.tree.map(jnp.copy, state)
     )
+  return not stopping
 
 
 def _advance(
@@ -613,7 +621,7 @@ def _train_together(
   training = [drivers[name] for name in names]
   if len(training) < 2:
     return
-  _begin_together(training, console)
+  _begin_together(training, console, stop, path)
   why = None
   if training[0].experiment.mesh is not None:
     why = "clients are spread over several devices"

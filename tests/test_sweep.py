@@ -13,6 +13,7 @@ import pytest
 
 from fljax import config as configs
 from fljax import console
+from fljax import driver
 from fljax import errors
 from fljax import execution
 from fljax import experiment
@@ -241,9 +242,9 @@ def test_what_is_one_until_attackers_begin_is_trained_once(
   def config(name):
     return _config(folder, name, attack_start=2, checkpoint_every=2)
 
-  text = "pairs=3:1,3:2,2:1;gamma=1,2"
+  text = "pairs=3:1,3:2,2:1"
   alone = sweep.expand(config("late alone"), text)
-  for name in ("3-1,gamma=1", "3-2,gamma=2", "2-1,gamma=2"):
+  for name in ("3-2", "2-1"):
     experiment.run(alone[name], quiet=True)
   setup, lengths = experiment.setup, []
 
@@ -262,12 +263,39 @@ def test_what_is_one_until_attackers_begin_is_trained_once(
   monkeypatch.setattr(experiment, "setup", counting)
   together = sweep.expand(config("late"), text)
   sweep.run(together, over="map")
-  assert "4 experiments are one until attackers" in capsys.readouterr().err
-  # Once for the four whose victim label is 3, once for the other two.
-  assert lengths == [2, 2]
-  for name in ("3-1,gamma=1", "3-2,gamma=2", "2-1,gamma=2"):
+  assert "2 experiments are one until attackers" in capsys.readouterr().err
+  # Not for the third, whose attacker has other labels.
+  assert lengths == [2]
+  for name in ("3-2", "2-1"):
     ours, theirs = (Path(found[name].workdir) for found in (together, alone))
     _assert_same(_left(ours), _left(theirs))
+
+
+def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
+  config = _config(folder, "late stop", attack_start=2, rounds=4, eval_every=1)
+  found = sweep.expand(config, "pairs=3:1,3:2")
+  log = driver.Driver.log_training
+
+  def stopping(self, done, metrics):
+    self.stop.signal = signal.SIGTERM if done == 1 else None
+    return log(self, done, metrics)
+
+  monkeypatch.setattr(driver.Driver, "log_training", stopping)
+  with pytest.raises(errors.InterruptedRunError, match=r"SIGTERM.*late stop\."):
+    sweep.run(found, quiet=True, over="map")
+  monkeypatch.undo()
+  sweep.run(found, quiet=True, over="map")
+  alone = dataclasses.replace(
+    found["3-2"], workdir=str(folder / "late stop alone")
+  )
+  experiment.run(alone, quiet=True)
+  _assert_same(_left(Path(found["3-2"].workdir)), _left(Path(alone.workdir)))
+
+
+def test_without_attackers_nothing_begins_together(folder, capsys):
+  config = _config(folder, "nobody", num_attackers=0, attack_start=1, rounds=1)
+  sweep.run(sweep.expand(config, "gamma=1,2"))
+  assert "until attackers begin" not in capsys.readouterr().err
 
 
 def test_the_plan_chooses(folder, monkeypatch, capsys):
