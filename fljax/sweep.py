@@ -391,7 +391,7 @@ def _begin_together(
 ) -> None:
   """Trains once what is the same in several experiments.
 
-  Until attackers begin, those that differ in the attack alone are one.
+  Until attackers begin, those that differ in `_OF_ATTACK` alone are one.
 
   Args:
     drivers: of experiments in training, restored; their states are what is
@@ -420,11 +420,16 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> bool:
   """Trains the first, to where attackers begin, for all of a group.
 
   Returns:
-    Whether it came there; if not, it was stopped, and everything is saved.
+    False if it was stopped; everything is saved then. A round that is not
+    finite also ends it before, and each will find that for itself.
   """
   leader = group[0]
   config, experiment = leader.config, _to_device(leader.experiment)
   state = jax.tree.map(jnp.asarray, leader.state)
+  stamped = [
+    jax.tree.map(jnp.asarray, driver.experiment.backdoored)
+    for driver in group[1:]
+  ]
   done, last = int(state.round), min(config.attack_start, config.rounds)
   console.say(
     f"{len(group)} experiments are one until attackers begin, after round"
@@ -440,7 +445,6 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> bool:
       state, experiment.federation, experiment.key, length, experiment.examples
     )
     if int(metrics.bad_round):
-      # Each will find that out for itself.
       state = last_good
       break
     done += length
@@ -449,13 +453,11 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> bool:
         accuracies={
           **metrics.accuracies,
           "backdoored": evaluate.measure(
-            experiment.model,
-            state.params,
-            _to_device(driver.experiment).backdoored,
+            experiment.model, state.params, examples
           ),
         }
       )
-      for driver in group[1:]
+      for examples in stamped
     ]
     for driver, each in zip(group, own, strict=True):
       driver.seconds += (time.perf_counter() - started) / len(group)
@@ -463,7 +465,7 @@ def _begin(group: list[driving.Driver], console: consoles.Console) -> bool:
       if line is not None and driver is leader:
         _advance(console, done, [line])
     stopping = leader.stopping()
-    if stopping or leader.due(done):
+    if stopping or done == last or leader.due(done):
       for driver in group:
         driver.save_training(state)
   console.stop()
@@ -509,7 +511,11 @@ class Outcome(NamedTuple):
 
 
 def run(
-  sweep: dict[str, Config], *, quiet: bool = False, over: str | None = None
+  sweep: dict[str, Config],
+  *,
+  quiet: bool = False,
+  over: str | None = None,
+  stop: driving.Stop | None = None,
 ) -> Outcome:
   """Runs every experiment of a sweep; continues where earlier runs stopped.
 
@@ -518,6 +524,7 @@ def run(
     quiet: whether to show nothing on the terminal.
     over: how one program trains them, see `make_block`; None is the backend's
       measured choice.
+    stop: ends it at its next checkpoint; None listens to signals.
 
   Returns:
     The outcome. An experiment that diverges does not stop the others.
@@ -535,7 +542,8 @@ def run(
   results: dict[str, dict[str, Any]] = {}
   failed: dict[str, errors.DivergedError] = {}
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(driving.Stop.on_signals())
+    if stop is None:
+      stop = stack.enter_context(driving.Stop.on_signals())
     folders: dict[str, workdirs.Workdir | workdirs.Shared] = {}
     for name, config in sweep.items():
       folders[name] = workdirs.open_for_all(
@@ -622,6 +630,14 @@ def _train_together(
   if len(training) < 2:
     return
   _begin_together(training, console, stop, path)
+  names = [
+    name
+    for name in names
+    if int(drivers[name].state.round) < drivers[name].config.rounds
+  ]
+  training = [drivers[name] for name in names]
+  if len(training) < 2:
+    return
   why = None
   if training[0].experiment.mesh is not None:
     why = "clients are spread over several devices"

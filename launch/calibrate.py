@@ -71,6 +71,10 @@ def replaced(base: configs.Config, text: str) -> configs.Config:
   changes: dict[str, Any] = {}
   for item in text.split():
     name, equals, value = item.partition("=")
+    if name in ("seed", "workdir"):
+      raise errors.ConfigError(
+        f"--variant={text}: seeds are those of --seeds, folders of --store."
+      )
     if not equals or name not in kinds:
       raise errors.ConfigError(
         f"--variant={text}: {item!r} is no setting of launch/main.py with a"
@@ -94,8 +98,9 @@ def cells_of(
   base: configs.Config,
 ) -> dict[str, list[tuple[str, plan.Cell, int]]]:
   """By variant, its experiments: a name for the terminal, cell and seed."""
-  seeds = [int(text) for text in _SEEDS.value if text.isdigit()]
-  if len(seeds) != len(_SEEDS.value) or min(seeds, default=0) < _FIRST_SEED:
+  texts = list(dict.fromkeys(_SEEDS.value))
+  seeds = [int(text) for text in texts if text.isdigit()]
+  if len(seeds) != len(texts) or min(seeds, default=0) < _FIRST_SEED:
     raise errors.ConfigError(
       f"--seeds={','.join(_SEEDS.value)}: calibration seeds are numbers from"
       f" {_FIRST_SEED} on; results are reported on those below."
@@ -119,9 +124,13 @@ def cells_of(
   return found
 
 
-# Of a phase: which of its facts tells the line of its curve that it kept.
-_KEPT = {"pruned_neurons": "pruned_neurons", "delta": "delta"}
-_KEPT["kept_round"] = "round"
+# Of a phase: which of its facts tells the line of its curve that it kept, and
+# what that is called there.
+_KEPT = {
+  "pruned_neurons": "pruned_neurons",
+  "delta": "delta",
+  "kept_round": "round",
+}
 
 
 def validated(record: plan.Record) -> dict[str, float]:
@@ -213,7 +222,8 @@ def run(base: configs.Config, store: stores.Store) -> None:
   kind = "test" if _ORACLE.value else "validation"
   print(table(columns))
   path = store.path / f"calibration-{kind}.json"
-  path.write_text(json.dumps(columns, indent=2, ensure_ascii=False) + "\n")
+  text = json.dumps(columns, indent=2, ensure_ascii=False) + "\n"
+  path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:

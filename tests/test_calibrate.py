@@ -60,6 +60,7 @@ def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
     (["--seeds=0"], "--seeds=0: calibration seeds are numbers from 100 on"),
     (["--seeds=100,x"], "--seeds=100,x: calibration"),
     (["--variant=drop=1"], "'drop=1' is no setting of launch/main.py"),
+    (["--variant=seed=1"], "--variant=seed=1: seeds are those of --seeds"),
     (["--variant=gamma"], "'gamma' is no setting"),
     (["--variant=gamma=much"], "'much' is no value of gamma"),
     (["--variant=gamma=0.1"], "--gamma=0.1 is out of range"),

@@ -209,6 +209,15 @@ def test_augmentation_does_each_half_of_the_time():
   assert (again != out).any()
 
 
+def test_augmentation_shifts_each_image_by_itself():
+  images = jnp.zeros((400, 9, 9, 1), jnp.uint8).at[:, 4, 4].set(255)
+  out = np.asarray(local.augment(jax.random.key(0), images, "crop"))
+  rows, columns = np.nonzero(out[..., 0])[1:]
+  # Mirrored or not, the middle goes to any of 9 x 9 places.
+  assert set(rows.tolist()) == set(columns.tolist()) == set(range(9))
+  assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) > 70
+
+
 def test_triggers_are_stamped_after_augmentation(model, params, monkeypatch):
   federation, _ = make_federation()
   client = federations.select(federation, 0)

@@ -272,7 +272,14 @@ def test_what_is_one_until_attackers_begin_is_trained_once(
 
 
 def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
-  config = _config(folder, "late stop", attack_start=2, rounds=4, eval_every=1)
+  config = _config(
+    folder,
+    "late stop",
+    attack_start=2,
+    rounds=4,
+    eval_every=1,
+    checkpoint_every=9,
+  )
   found = sweep.expand(config, "pairs=3:1,3:2")
   log = driver.Driver.log_training
 
@@ -284,12 +291,19 @@ def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
   with pytest.raises(errors.InterruptedRunError, match=r"SIGTERM.*late stop\."):
     sweep.run(found, quiet=True, over="map")
   monkeypatch.undo()
+  for one in found.values():
+    ((_, saved),) = workdirs.list_checkpoints(Path(one.workdir))
+    progress = json.loads((saved / "progress.json").read_text())
+    assert progress["metrics_lines"] == 1
   sweep.run(found, quiet=True, over="map")
   alone = dataclasses.replace(
     found["3-2"], workdir=str(folder / "late stop alone")
   )
   experiment.run(alone, quiet=True)
-  _assert_same(_left(Path(found["3-2"].workdir)), _left(Path(alone.workdir)))
+  ours, theirs = (_left(Path(one.workdir)) for one in (found["3-2"], alone))
+  # It saved once more.
+  assert ours.pop("checkpoints") != theirs.pop("checkpoints")
+  _assert_same(ours, theirs)
 
 
 def test_without_attackers_nothing_begins_together(folder, capsys):

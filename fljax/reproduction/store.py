@@ -158,8 +158,8 @@ class Store:
   ) -> None:
     """Trains what cells build on, each structure's as one program.
 
-    What is trained already, is alone in its structure, or depends on what
-    another cell finds is left to `run`.
+    What is trained already, is alone in its structure, depends on what
+    another cell finds or misses its data set is left to `run`.
 
     Args:
       cells: names for the terminal, cells and seeds.
@@ -186,7 +186,10 @@ class Store:
     for group in groups.values():
       if len(group) < 2:
         continue
-      outcome = sweeps.run(group, over=over)
+      try:
+        outcome = sweeps.run(group, over=over, stop=self._stop)
+      except errors.DataError:
+        continue
       for name, error in outcome.failed.items():
         with workdirs.Workdir(
           group[name].workdir, group[name].identity(), Config.defaults()

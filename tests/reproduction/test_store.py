@@ -135,6 +135,13 @@ def test_cells_trained_together_are_those_trained_alone(base, store, tmp_path):
   assert len(list((store.path / "trained").iterdir())) == 2
 
 
+def test_a_missing_data_set_is_left_to_the_single_run(base, store):
+  gone = _with(base, dataset="gone.npz")
+  store.train_together(("x", plan.Cell(gone), seed) for seed in (0, 1))
+  with pytest.raises(errors.DataError, match=r"gone\.npz"):
+    store.run(plan.Cell(gone), 0)
+
+
 def test_one_that_diverges_among_others_is_noted(base, store, monkeypatch):
   wild = plan.Cell(_with(base, cleanse="", gamma=3.0))
   tame = plan.Cell(_with(base, cleanse=""))
