@@ -574,9 +574,13 @@ _DRAWINGS: dict[str, Callable[[Runs], figures.Figure]] = {
 
 # --- the page ----------------------------------------------------------------
 
-# A table wider than the page scrolls by itself, and numbers stay on a line.
+# Ten columns fit a wide window; a table that is wider scrolls by itself, and
+# numbers stay on a line.
 _WIDE_TABLES = """
-table { display: block; overflow-x: auto; }
+body { max-width: 76rem; }
+table { display: block; overflow-x: auto; font-size: .9rem; }
+th, td { padding: .3rem .5rem; }
+td:first-child { white-space: nowrap; }
 td.number { white-space: nowrap; }
 """
 
