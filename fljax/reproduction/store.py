@@ -182,7 +182,8 @@ class Store:
         continue
       seen.add(folder)
       key = digest(training.structure())
-      groups.setdefault(key, {})[name] = training
+      # Rows of a table may have several trainings under one name.
+      groups.setdefault(key, {})[f"{name} ({folder.name})"] = training
     for group in groups.values():
       if len(group) < 2:
         continue

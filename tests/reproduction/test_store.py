@@ -135,9 +135,20 @@ def test_cells_trained_together_are_those_trained_alone(base, store, tmp_path):
   assert len(list((store.path / "trained").iterdir())) == 2
 
 
-def test_a_missing_data_set_is_left_to_the_single_run(base, store):
+def test_a_missing_data_set_is_left_to_the_single_run(base, store, monkeypatch):
   gone = _with(base, dataset="gone.npz")
-  store.train_together(("x", plan.Cell(gone), seed) for seed in (0, 1))
+  asked = []
+  setup = experiment.setup
+
+  def asking(config, **keywords):
+    asked.append(config.dataset)
+    return setup(config, **keywords)
+
+  monkeypatch.setattr(experiment, "setup", asking)
+  store.train_together(
+    (f"seed {seed}", plan.Cell(gone), seed) for seed in (0, 1)
+  )
+  assert asked == ["gone.npz"]
   with pytest.raises(errors.DataError, match=r"gone\.npz"):
     store.run(plan.Cell(gone), 0)
 
