@@ -22,6 +22,7 @@ from fljax import local
 from fljax import models
 from fljax import triggers
 from fljax.cleanse import pruning
+from fljax.cleanse import selection
 from fljax.cleanse import weights
 
 PHASES = ("fp", "ft", "aw")
@@ -363,6 +364,14 @@ class Config:
     "Accuracy that pruning may cost, as a fraction.",
     low=0,
     high=1,
+    cleansing=True,
+  )
+  pruning_drop_of: str = _setting(
+    "total",
+    "What --pruning_drop bounds: the cost of all pruned neurons together"
+    " (total), or that of the next one alone (neuron), however much those"
+    " before have cost.",
+    choices=selection.DROPS,
     cleansing=True,
   )
   fine_tune_rounds: int = _setting(

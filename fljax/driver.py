@@ -429,6 +429,7 @@ class Driver:
       method=config.pruning,
       rate=config.pruning_rate,
       max_drop=config.pruning_drop,
+      drop_of=config.pruning_drop_of,
     )
 
     def curve() -> Iterator[dict[str, Any]]:

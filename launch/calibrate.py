@@ -7,10 +7,12 @@
 Every variant, and the settings as they are, is run for all pairs and seeds.
 What differs in cleansing alone shares its trained models; on accelerators,
 trainings that differ in data alone are one program. Shown is, for each phase,
-the accuracy on the server's validation images, and AA after training alone:
-whether an attack has taken may decide on the attack, but neither test images
-nor AA may decide on a defence. `--oracle` shows test accuracy and AA of every
-phase. Seeds begin at 100, those below are for results.
+the accuracy on the server's validation images and how far the search went
+(pruned neurons, Δ and zeroed weights, the round that was kept), and AA after
+training alone: whether an attack has taken may decide on the attack, but
+neither test images nor AA may decide on a defence. `--oracle` shows test
+accuracy and AA of every phase. Seeds begin at 100, those below are for
+results.
 """
 
 from __future__ import annotations
@@ -131,6 +133,13 @@ _KEPT = {
   "delta": "delta",
   "kept_round": "round",
 }
+# How far a phase went, and what that is called in the table.
+_REACHED = {
+  "pruned_neurons": "pruned",
+  "delta": "Δ",
+  "zeroed_weights": "zeroed",
+  "kept_round": "round",
+}
 
 
 def validated(record: plan.Record) -> dict[str, float]:
@@ -159,8 +168,13 @@ def shown(records: Sequence[plan.Record]) -> dict[str, str]:
     name = phase["name"]
     known = [one[name] for one in accuracies if name in one]
     text = f"{_percent(statistics.mean(known))}" if known else "–"
+    phases = [record.phase(name) for record in records]
+    text += "".join(
+      f", {label} {statistics.mean(_number(p[fact]) for p in phases):.4g}"
+      for fact, label in _REACHED.items()
+      if fact in phases[0]
+    )
     if name == driver.TRAINING or _ORACLE.value:
-      phases = [record.phase(name) for record in records]
       success = [
         one[plan.AA] if one[plan.AA] is not None else math.nan for one in phases
       ]
@@ -175,6 +189,11 @@ def shown(records: Sequence[plan.Record]) -> dict[str, str]:
 def _worst(name: str, success: Sequence[float]) -> float:
   """Of an attack the weakest, of a defence what it left the most of."""
   return min(success) if name == driver.TRAINING else max(success)
+
+
+def _number(fact: float | None) -> float:
+  """A Δ that changed nothing is infinite, which JSON does not know."""
+  return math.inf if fact is None else float(fact)
 
 
 def _percent(value: float) -> str:

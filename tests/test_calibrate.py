@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 from conftest import ROOT
+import numpy as np
 import pytest
+
+from fljax.cleanse import selection
 
 SMALL = (
   "--rounds=1",
@@ -33,9 +36,11 @@ def calibrate(folder, *arguments):
 
 
 def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
-  variants = ("adjusting_drop=0.5", "cleanse=fp pruning=rap")
+  gentle = "cleanse=fp pruning_drop=0.06 pruning_drop_of=neuron"
+  variants = ("adjusting_drop=0.5", gentle)
   arguments = [f"--variant={text}" for text in variants]
-  process = calibrate(tmp_path, "--pairs=9:1", *arguments)
+  arguments += ["--pairs=9:1", "--rounds=12", "--samples_per_client=400"]
+  process = calibrate(tmp_path, *arguments)
   assert process.returncode == 0, process.stderr
   assert len(list((tmp_path / "trained").iterdir())) == 1
   assert len(list((tmp_path / "runs").iterdir())) == 3
@@ -46,9 +51,28 @@ def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
   # Whether the attack has taken, and nothing of it afterwards.
   for row in shown.values():
     assert "AA" in row.pop("training") and row.pop("runs") == "1"
-    assert "fp" in row and all(float(value) > 1 for value in row.values())
+    assert "fp" in row and all("AA" not in text for text in row.values())
+    assert all(float(text.split(",")[0]) > 1 for text in row.values())
+  # How far each search went, by which variants differ.
+  assert "pruned" in shown[""]["fp"] and "round" in shown[""]["fp+ft"]
+  assert shown[""]["all"].count("Δ") == shown[""]["all"].count("zeroed") == 1
+  assert shown[""]["all"] != shown["adjusting_drop=0.5"]["all"]
 
-  again = calibrate(tmp_path, "--pairs=9:1", "--oracle", *arguments)
+  # The variant reached the search.
+  for folder in (tmp_path / "runs").iterdir():
+    config = json.loads((folder / "config.json").read_text())
+    if config["pruning_drop_of"] == "neuron":
+      lines = (folder / "metrics.jsonl").read_text().splitlines()
+      curve = [
+        line["accuracy"]
+        for line in map(json.loads, lines)
+        if line["phase"] == "fp"
+      ]
+      count = selection.last_gentle(np.asarray(curve), 0.06)
+      assert f"pruned {count}" in shown[gentle]["fp"]
+      assert count != selection.last_above(np.asarray(curve), curve[0] - 0.06)
+
+  again = calibrate(tmp_path, "--oracle", *arguments)
   assert again.returncode == 0, again.stderr
   shown = json.loads((tmp_path / "calibration-test.json").read_text())
   assert all("AA" in row["fp"] and "TA" in row["fp"] for row in shown.values())

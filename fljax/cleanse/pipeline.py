@@ -152,6 +152,7 @@ def prune(
   method: str = "mvp",
   rate: float = 0.5,
   max_drop: float = 0.01,
+  drop_of: str = "total",
 ) -> Pruned:
   """Prunes as many neurons as the accuracy allows.
 
@@ -163,7 +164,9 @@ def prune(
     accuracies: see `Curves`.
     method: "rap" or "mvp".
     rate: p, the share of neurons that each client votes to prune (MVP).
-    max_drop: the floor lies this far below the unpruned model's accuracy.
+    max_drop: what accuracy may fall by,
+    drop_of: below the unpruned model's ("total") or by a single neuron
+      ("neuron"), see `selection.pruning_count`.
 
   Returns:
     The pruned model and how it came about.
@@ -174,7 +177,7 @@ def prune(
   """
   order = pruning.pruning_order(pruning.SCORES[method](means, rate))
   curve = np.asarray(accuracies(params, order), np.float64)
-  count = selection.last_above(curve, curve[0] - max_drop)
+  count = selection.pruning_count(curve, max_drop, drop_of)
   mask = pruning.mask_without_first(order, count)
   return Pruned(
     params=models.mask_neurons(model, params, mask),

@@ -30,6 +30,50 @@ def last_above(accuracies: np.ndarray, floor: float) -> int:
   return int(failing[0]) if failing.size else len(accuracies) - 1
 
 
+def last_gentle(accuracies: np.ndarray, drop: float) -> int:
+  """The last step before the first that by itself costs more than a drop.
+
+  Args:
+    accuracies: [steps]; step 0 changes nothing and is always allowed.
+    drop: what a single step may cost; costing exactly that is acceptable.
+
+  Returns:
+    Index of the step to keep. However far the accuracy has come down until
+    then is not limited.
+
+  References:
+    The paper, Section V-C: pruning stops "when the test accuracy drops more
+    than 1% after pruning the next neuron".
+  """
+  accuracies = np.asarray(accuracies)
+  fall = accuracies[:-1] - accuracies[1:]
+  # NaN compares false, and so is no acceptable accuracy.
+  failing = np.flatnonzero(~(fall <= drop + TOLERANCE))
+  return int(failing[0]) if failing.size else len(accuracies) - 1
+
+
+def pruning_count(
+  accuracies: np.ndarray, max_drop: float, drop_of: str = "total"
+) -> int:
+  """How many neurons to prune.
+
+  Args:
+    accuracies: [neurons + 1], after pruning none, the first, the first two...
+    max_drop: what accuracy may fall by.
+    drop_of: since when. "total": since pruning began. "neuron": since the
+      neuron before, the paper's words, which bound a step and not the sum.
+
+  Returns:
+    The number of neurons; that which falls too far is not among them.
+  """
+  if drop_of == "neuron":
+    return last_gentle(accuracies, max_drop)
+  return last_above(accuracies, accuracies[0] - max_drop)
+
+
+DROPS = ("total", "neuron")
+
+
 def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   """Combines what clients report, without the most extreme reports.
 

@@ -99,6 +99,22 @@ def test_a_first_step_that_is_too_much_changes_nothing(model, trained):
   chex.assert_trees_all_equal(adjusted.params, params)
 
 
+def test_pruning_stops_at_the_sum_or_at_one_neuron(model, trained):
+  params, federation, _ = trained
+  means = reports.client_activations(model, params, federation)
+  # Each neuron costs a little, the last one much.
+  curve = 0.9 - 0.006 * np.arange(model.neurons + 1.0)
+  curve[-1] = 0.1
+
+  def pruned(**how):
+    return pipeline.prune(model, params, means, lambda *_: curve, **how)
+
+  assert pruned(max_drop=0.01).num_pruned == 1
+  assert pruned(max_drop=0.01, drop_of="neuron").num_pruned == (
+    model.neurons - 1
+  )
+
+
 def test_the_search_takes_no_more_steps_than_it_needs(model, trained):
   params, _, _ = trained
   taken = []

@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
@@ -32,6 +34,35 @@ def test_the_failing_step_is_undone(accuracies, floor):
 )
 def test_the_last_step_before_the_first_failing_one(accuracies, floor, chosen):
   assert selection.last_above(np.asarray(accuracies), floor) == chosen
+
+
+@given(accuracies=ACCURACIES, drop=st.floats(0, 1))
+def test_no_single_step_costs_more_than_the_drop(accuracies, drop):
+  """However far they go together; the step that does is undone."""
+  chosen = selection.last_gentle(np.asarray(accuracies), drop)
+  drop += selection.TOLERANCE
+  falls = [a - b for a, b in itertools.pairwise(accuracies)]
+  assert all(fall <= drop for fall in falls[:chosen])
+  if chosen < len(falls):
+    assert falls[chosen] > drop
+
+
+@pytest.mark.parametrize(
+  "accuracies, total, neuron",
+  [
+    # A slow decline is bounded by the sum alone, a cliff by either.
+    ([0.90, 0.895, 0.89, 0.885, 0.88, 0.7], 2, 4),
+    ([0.90, 0.90, 0.88, 0.90], 1, 1),
+    ([0.90, 0.91, 0.895, 0.892], 3, 1),
+    ([0.90, 0.89], 1, 1),
+    ([0.90, float("nan"), 0.9], 0, 0),
+    ([0.5], 0, 0),
+  ],
+)
+def test_what_a_drop_is_of(accuracies, total, neuron):
+  for drop_of, count in (("total", total), ("neuron", neuron)):
+    found = selection.pruning_count(np.asarray(accuracies), 0.01, drop_of)
+    assert found == count, drop_of
 
 
 @given(
