@@ -394,53 +394,61 @@ def table_4(bases: Bases) -> Table:
   )
 
 
-# What pruning costs in the paper's Table V, 98.4 to 95.8, is more than the
-# floor of the whole process allows.
-_TABLE_5_DROP = 0.025
-
-
 def table_5(bases: Bases) -> Table:
   """MNIST: pruning by ranks and by votes."""
   base = bases["mnist"]
-  far = f", {100 * _TABLE_5_DROP:g}% floor"
+  drop = f"{100 * base.pruning_drop:g}%"
+  # What the drop is of: of all pruned neurons, as in the whole process, or of
+  # the next one alone, which are the paper's words in its Section V-C.
+  readings = {"total": f", {drop} in all", "neuron": f", {drop} per neuron"}
   methods = {"rap": "RAP", "mvp": "MVP"}
-  columns = list(_accuracies(_TRAINING, variant="rap"))
-  for suffix in ("", far):
+  columns = list(_accuracies(_TRAINING, variant="rap, total"))
+  for reading, text in readings.items():
     for method, name in methods.items():
-      columns += _accuracies((name + suffix, "fp"), variant=method + suffix)
+      columns += _accuracies(
+        (name + text, "fp"), variant=f"{method}, {reading}"
+      )
   place = _places(columns)
 
   def low(name: str, published: int) -> Callable[[Any], tuple[str, str]]:
     def check(values: np.ndarray) -> tuple[str, str]:
-      near, known = _count(values, place[name, "AA"], 10)
-      count, _ = _count(values, place[name + far, "AA"], 10)
+      counts = {
+        text: _count(values, place[name + text, "AA"], 10)
+        for text in readings.values()
+      }
+      count, known = counts[readings["neuron"]]
       expected = published * known / len(paper.PAIRS)
       alike = abs(count - expected) <= known / 10
       return (
         _verdict(alike, 0 < count < known),
-        f"{count} of {known} at a floor of {100 * _TABLE_5_DROP:g}% below the"
-        f" trained model, {near} at {100 * base.pruning_drop:g}%",
+        "; ".join(
+          f"{count} of {known}{text}"
+          for text, (count, known) in reversed(counts.items())
+        ),
       )
 
     return check
 
   rows = []
   for pair, numbers in paper.TABLE_5.items():
-    config = _pair(base, pair)
-    cells = {}
-    for method in methods:
-      pruned = _with(config, cleanse="fp", pruning=method)
-      cells[method] = Cell(pruned)
-      cells[method + far] = Cell(_with(pruned, pruning_drop=_TABLE_5_DROP))
+    config = _with(_pair(base, pair), cleanse="fp")
+    cells = {
+      f"{method}, {reading}": Cell(
+        _with(config, pruning=method, pruning_drop_of=reading)
+      )
+      for method in methods
+      for reading in readings
+    }
     rows.append(
       Row(_arrow(pair), cells, (*numbers[:2], *[None] * 4, *numbers[2:]))
     )
   return Table(
     "table-5",
     "Table V: federated pruning by ranks (RAP) and votes (MVP)",
-    "The paper's pruning gives up 2.6 points of TA. Beside the floor of the"
-    f" whole process, {100 * base.pruning_drop:g}% below the trained model,"
-    f" another of {100 * _TABLE_5_DROP:g}% is shown.",
+    "The paper stops pruning where the test accuracy “drops more than 1% after"
+    " pruning the next neuron”. Read as the drop of one neuron, it is the"
+    " paper's columns; the whole process of ours bounds the drop of all pruned"
+    " neurons together.",
     tuple(columns),
     tuple(rows),
     (
@@ -630,7 +638,7 @@ _TWO = ((9, 0), (9, 2))
 
 def figure_3(bases: Bases) -> Figure:
   """Training under 3, 5 and 7 labels per client."""
-  base = _with(bases["mnist"], cleanse="", eval_every=1)
+  base = _with(bases["mnist"], cleanse="", eval_every=3)
 
   def easier(records: dict[str, list[Record]]) -> tuple[str, str]:
     final = {
@@ -824,7 +832,7 @@ def figure_9(bases: Bases) -> Figure:
 
 def figure_10(bases: Bases) -> Figure:
   """λ on the last convolution."""
-  base = _with(bases["mnist"], cleanse="", eval_every=1)
+  base = _with(bases["mnist"], cleanse="", eval_every=3)
 
   def harder(records: dict[str, list[Record]]) -> tuple[str, str]:
     ends = {
