@@ -164,9 +164,9 @@ def prune(
     accuracies: see `Curves`.
     method: "rap" or "mvp".
     rate: p, the share of neurons that each client votes to prune (MVP).
-    max_drop: what accuracy may fall by,
-    drop_of: below the unpruned model's ("total") or by a single neuron
-      ("neuron"), see `selection.pruning_count`.
+    max_drop: the accuracy that pruning may cost.
+    drop_of: what may cost that, all pruned neurons together ("total") or each
+      of them ("neuron"), see `selection.pruning_count`.
 
   Returns:
     The pruned model and how it came about.
