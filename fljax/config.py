@@ -370,8 +370,8 @@ class Config:
     "total",
     "What --pruning_drop bounds: the cost of all pruned neurons together"
     " (total), or that of the next one alone (neuron), however much those"
-    " before have cost.",
-    choices=selection.DROPS,
+    " before have cost; with the baselines it is always all of them.",
+    choices=tuple(selection.DROPS),
     cleansing=True,
   )
   fine_tune_rounds: int = _setting(

@@ -25,9 +25,7 @@ def last_above(accuracies: np.ndarray, floor: float) -> int:
     later recovery does not count: the search has stopped.
   """
   accuracies = np.asarray(accuracies)
-  # NaN compares false, and so is no acceptable accuracy.
-  failing = np.flatnonzero(~(accuracies[1:] >= floor - TOLERANCE))
-  return int(failing[0]) if failing.size else len(accuracies) - 1
+  return _before_the_first_failing(accuracies[1:] >= floor - TOLERANCE)
 
 
 def last_gentle(accuracies: np.ndarray, drop: float) -> int:
@@ -47,9 +45,13 @@ def last_gentle(accuracies: np.ndarray, drop: float) -> int:
   """
   accuracies = np.asarray(accuracies)
   fall = accuracies[:-1] - accuracies[1:]
-  # NaN compares false, and so is no acceptable accuracy.
-  failing = np.flatnonzero(~(fall <= drop + TOLERANCE))
-  return int(failing[0]) if failing.size else len(accuracies) - 1
+  return _before_the_first_failing(fall <= drop + TOLERANCE)
+
+
+def _before_the_first_failing(acceptable: np.ndarray) -> int:
+  """Of [steps - 1], without step 0; of NaN every comparison is false."""
+  failing = np.flatnonzero(~acceptable)
+  return int(failing[0]) if failing.size else len(acceptable)
 
 
 def pruning_count(
@@ -65,13 +67,19 @@ def pruning_count(
 
   Returns:
     The number of neurons; that which falls too far is not among them.
+
+  Raises:
+    KeyError: drop_of is neither.
   """
-  if drop_of == "neuron":
-    return last_gentle(accuracies, max_drop)
-  return last_above(accuracies, accuracies[0] - max_drop)
+  return DROPS[drop_of](accuracies, max_drop)
 
 
-DROPS = ("total", "neuron")
+DROPS = {
+  "total": lambda accuracies, drop: last_above(
+    accuracies, accuracies[0] - drop
+  ),
+  "neuron": last_gentle,
+}
 
 
 def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
