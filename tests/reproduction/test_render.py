@@ -43,10 +43,13 @@ def rendered(records, failures=None, seeds=(0, 1), table=None):
 
 def test_values_stand_where_they_belong():
   record = make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1))
-  records = {("9 → 1", "main", 1): record}
+  other = make_record(fp_aw=(0.8, 0.3), all=(0.85, 0.4))
+  records = {("9 → 1", "main", 1): record, ("9 → 1", "total", 1): other}
   values = render.values_of(make_table(), records, (0, 1))
-  assert values.shape == (2, 2, 6)
-  np.testing.assert_allclose(values[1, 1], [98, 100, 90, 20, 95, 10])
+  assert values.shape == (2, 2, 10)
+  np.testing.assert_allclose(
+    values[1, 1], [98, 100, 90, 20, 95, 10, 80, 30, 85, 40]
+  )
   assert np.isnan(values[0]).all() and np.isnan(values[1, 0]).all()
 
 
