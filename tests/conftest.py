@@ -13,6 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 # No test may depend on, or leave anything in, the user's cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Small programs that run for milliseconds: most of the suite is compiling them,
+# a quarter of that the optimisations of LLVM.
+os.environ["XLA_FLAGS"] = " ".join(
+  (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0")
+).strip()
 
 from flax import linen as nn
 import hypothesis
