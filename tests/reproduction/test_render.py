@@ -44,11 +44,16 @@ def rendered(records, failures=None, seeds=(0, 1), table=None):
 def test_values_stand_where_they_belong():
   record = make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1))
   other = make_record(fp_aw=(0.8, 0.3), all=(0.85, 0.4))
-  records = {("9 → 1", "main", 1): record, ("9 → 1", "total", 1): other}
+  ranked = make_record(fp_aw=(0.7, 0.5), all=(0.75, 0.6))
+  records = {
+    ("9 → 1", "main", 1): record,
+    ("9 → 1", "total", 1): other,
+    ("9 → 1", "rap", 1): ranked,
+  }
   values = render.values_of(make_table(), records, (0, 1))
-  assert values.shape == (2, 2, 10)
+  assert values.shape == (2, 2, 14)
   np.testing.assert_allclose(
-    values[1, 1], [98, 100, 90, 20, 95, 10, 80, 30, 85, 40]
+    values[1, 1], [98, 100, 90, 20, 95, 10, 80, 30, 85, 40, 70, 50, 75, 60]
   )
   assert np.isnan(values[0]).all() and np.isnan(values[1, 0]).all()
 
