@@ -237,7 +237,11 @@ def _places(columns: Sequence[Column]) -> dict[tuple[str, str], int]:
 
 
 def _mean(values: np.ndarray, column: int) -> float:
-  return float(np.nanmean(values[..., column]))
+  """Over what is known; ValueError if nothing is, of which none can speak."""
+  known = values[..., column]
+  if np.isnan(known).all():
+    raise ValueError("No result yet.")
+  return float(np.nanmean(known))
 
 
 def _verdict(*conditions: bool) -> str:
@@ -579,8 +583,7 @@ def _attack_table(
   number: int, title: str, note: str, rows: tuple[Row, ...]
 ) -> Table:
   def robust(values: np.ndarray) -> tuple[str, str]:
-    plain, attacked = values[0, ..., -1], values[1:, ..., -1]
-    before, after = float(np.nanmean(plain)), float(np.nanmean(attacked))
+    before, after = _mean(values[:1], -1), _mean(values[1:], -1)
     return (
       _verdict(after < 10, after < 50),
       f"AA of All {after:.1f} under this attack, {before:.1f} without",

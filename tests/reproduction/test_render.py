@@ -153,6 +153,19 @@ def test_a_half_done_table_averages_what_there_is():
   assert "Seeds 0;" in text
 
 
+def test_of_an_attack_without_a_result_nothing_is_said():
+  table = plan.discussion_2(BASES)
+  record = make_record(
+    fp=(0.9, 0.8), fp_aw=(0.9, 0.2), fp_ft=(0.95, 0.9), all=(0.95, 0.1)
+  )
+  records = {("unaware", "main", 0): record}
+  text = rendered(records, seeds=(0,), table=table).files["discussion-2.md"]
+  assert "seen" not in text.decode() and "nan" not in text.decode()
+  records["pruning-aware", "main", 0] = record
+  text = rendered(records, seeds=(0,), table=table).files["discussion-2.md"]
+  assert "**seen partly**: AA of All 10.0" in text.decode()
+
+
 def test_labels_are_escaped_on_the_page():
   page = render.page({"<b>": "<p>section</p>"})
   assert "&lt;b&gt;" in page and "<p>section</p>" in page
