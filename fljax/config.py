@@ -25,9 +25,11 @@ from fljax.cleanse import pruning
 from fljax.cleanse import selection
 from fljax.cleanse import weights
 
-PHASES = ("fp", "ft", "aw")
+# The paper's full process (Figure 2), in its order.
+PROCESS = ("fp", "ft", "aw")
+PHASES = (*PROCESS, "ht")
 # Adjusting thins the margin of the victim class, and training on restores it.
-RETURNING = ("ft", "aw")
+RETURNING = ("ft", "aw", "ht")
 # Defences to compare with; the server uses its own validation images.
 # The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
@@ -330,11 +332,12 @@ class Config:
   cleanse: str = _setting(
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
-    " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
+    " (fine-tuning), aw (adjusting extreme weights), ht (fine-tuning of the"
+    " layers behind the last convolution alone); or, to compare with,"
     " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
     " several by AA), each applied to the trained model if only such are named."
-    " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
+    " ft, aw and ht may come again, as in fp,aw,ft,aw. Empty for none.",
     cleansing=True,
   )
   pruning: str = _setting(
@@ -562,7 +565,7 @@ class Config:
     if unknown or again:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse} must name some of {', '.join(known)},"
-        f" separated by commas; only {' and '.join(RETURNING)} may come again,"
+        f" separated by commas; only {', '.join(RETURNING)} may come again,"
         " after another phase."
       )
     baselines = [phase for phase in self.phases if phase in BASELINES]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import os
 from typing import Any
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Experiment(NamedTuple):
     attack: the attackers' hooks.
     aggregator: the server's rule.
     block: rounds of training as one program; it donates its state.
+    head_block: the same of rounds that train the network's head alone.
     key: the random key of training.
     validation: the server's own images, or None.
     test: the whole test split, for TA.
@@ -65,6 +67,7 @@ class Experiment(NamedTuple):
   attack: attacks.Attack
   aggregator: aggregators.Aggregator
   block: rounds.Block
+  head_block: rounds.Block
   key: Array
   validation: evaluate.Examples | None
   test: evaluate.Examples
@@ -177,7 +180,9 @@ def setup(
   devices = 1 if mesh is None else mesh.size
   evaluation_batch = -(-plan.evaluation_batch // devices) * devices
   if like is None:
-    model, aggregator, block = _programs(config, dataset, attack, plan)
+    model, aggregator, block, head_block = _programs(
+      config, dataset, attack, plan
+    )
     test = parallel.place_examples(
       evaluate.batched(
         dataset.test_images, dataset.test_labels, batch_size=evaluation_batch
@@ -185,10 +190,11 @@ def setup(
       mesh,
     )
   else:
-    model, aggregator, block, test = (
+    model, aggregator, block, head_block, test = (
       like.model,
       like.aggregator,
       like.block,
+      like.head_block,
       like.test,
     )
   validation, stamped = None, None
@@ -216,6 +222,7 @@ def setup(
     attack=attack,
     aggregator=aggregator,
     block=block,
+    head_block=head_block,
     key=parallel.replicate(jax.random.fold_in(root, 3), mesh),
     validation=validation and parallel.place_examples(validation, mesh),
     test=test,
@@ -230,8 +237,8 @@ def _programs(
   dataset: data.Dataset,
   attack: attacks.Attack,
   plan: execution.Plan,
-) -> tuple[models.Model, aggregators.Aggregator, rounds.Block]:
-  """The network, the server's rule, and rounds of training."""
+) -> tuple[models.Model, aggregators.Aggregator, rounds.Block, rounds.Block]:
+  """The network, the server's rule, and rounds: of all of it, of its head."""
   normalisation: dict[str, tuple[float, ...]] = {}
   if config.normalisation == "standard":
     normalisation = {"mean": dataset.mean, "std": dataset.std}
@@ -252,32 +259,37 @@ def _programs(
   aggregator = aggregators.AGGREGATORS[config.aggregation]()
   chunk = config.client_chunk
   on_host = config.population == "host"
-  run_round = rounds.make_round(
-    model,
-    local.sgd_training(
+
+  def block(parts: Sequence[str]) -> rounds.Block:
+    run_round = rounds.make_round(
       model,
-      optimizer(config),
-      epochs=config.local_epochs,
-      batch_size=config.batch_size,
-      most_steps=config.local_steps,
-      last_conv_l2=config.last_conv_l2,
-      precision=config.precision,
-      augmentation=config.augment,
-      attackers_hook=attack.local,
-    ),
-    attack=attack,
-    aggregator=aggregator,
-    cohort_size=0 if on_host else config.clients_per_round,
-    server_rate=config.server_rate,
-    client_chunk=plan.client_chunk if chunk < 0 else chunk,
-    schedule=schedule(config),
-  )
-  block = (
-    rounds.make_streamed_block(model, run_round, config.clients_per_round)
-    if on_host
-    else rounds.make_block(model, run_round)
-  )
-  return model, aggregator, block
+      local.sgd_training(
+        model,
+        optimizer(config),
+        epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        most_steps=config.local_steps,
+        last_conv_l2=config.last_conv_l2,
+        precision=config.precision,
+        augmentation=config.augment,
+        attackers_hook=attack.local,
+        parts=parts,
+      ),
+      attack=attack,
+      aggregator=aggregator,
+      cohort_size=0 if on_host else config.clients_per_round,
+      server_rate=config.server_rate,
+      client_chunk=plan.client_chunk if chunk < 0 else chunk,
+      schedule=schedule(config),
+      parts=parts,
+    )
+    if on_host:
+      return rounds.make_streamed_block(
+        model, run_round, config.clients_per_round
+      )
+    return rounds.make_block(model, run_round)
+
+  return model, aggregator, block(models.PARTS), block(("head",))
 
 
 def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:

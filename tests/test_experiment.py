@@ -145,6 +145,11 @@ def test_a_run_leaves_what_is_promised(config):
     ("ft,fp", ["training", "ft", "ft+fp"]),
     ("aw,ft,fp", ["training", "aw", "aw+ft", "aw+ft+fp"]),
     ("aw,ft,aw", ["training", "aw", "aw+ft", "aw+ft+aw"]),
+    ("fp,aw,ht", ["training", "fp", "fp+aw", "fp+aw+ht"]),
+    (
+      "fp,ft,aw,ht,aw",
+      ["training", "fp", "fp+aw", "fp+ft", "all", "all+ht", "all+ht+aw"],
+    ),
   ],
 )
 def test_phases_are_chosen_and_ordered(config, cleanse, names):
