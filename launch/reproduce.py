@@ -30,6 +30,7 @@ from fljax import driver
 from fljax import errors
 from fljax import execution
 from fljax import experiment
+from fljax.reproduction import catalogue
 from fljax.reproduction import plan
 from fljax.reproduction import store as stores
 
@@ -46,15 +47,15 @@ def _numbers(known: Sequence[int]) -> str:
 
 
 _TABLE = flags.DEFINE_list(
-  "table", [], f"Tables to make: some of {_numbers([*plan.TABLES])}."
+  "table", [], f"Tables to make: some of {_numbers([*catalogue.TABLES])}."
 )
 _FIGURE = flags.DEFINE_list(
-  "figure", [], f"Figures to make: some of {_numbers([*plan.FIGURES])}."
+  "figure", [], f"Figures to make: some of {_numbers([*catalogue.FIGURES])}."
 )
 _DISCUSSION = flags.DEFINE_list(
   "discussion",
   [],
-  f"Attacks of Section VI-B: some of {_numbers([*plan.DISCUSSION])}.",
+  f"Attacks of Section VI-B: some of {_numbers([*catalogue.DISCUSSION])}.",
 )
 _ALL = flags.DEFINE_boolean("all", False, "Make everything.")
 _PAIRS = flags.DEFINE_list(
@@ -137,9 +138,9 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
   pairs = [parse_pair(text) for text in _PAIRS.value]
   found: dict[str, plan.Table | plan.Figure] = {}
   for flag, known in (
-    (_TABLE, plan.TABLES),
-    (_FIGURE, plan.FIGURES),
-    (_DISCUSSION, plan.DISCUSSION),
+    (_TABLE, catalogue.TABLES),
+    (_FIGURE, catalogue.FIGURES),
+    (_DISCUSSION, catalogue.DISCUSSION),
   ):
     wanted = list(map(str, known)) if _ALL.value else flag.value
     for text in wanted:
@@ -274,7 +275,7 @@ def write(
     )
     print(f"{artefact.title}: {made.summary or 'drawn'}")
   page = {}
-  for maker in (plan.TABLES, plan.FIGURES, plan.DISCUSSION):
+  for maker in (catalogue.TABLES, catalogue.FIGURES, catalogue.DISCUSSION):
     for make in maker.values():
       artefact = make(bases((), ""))
       path = sections_folder / f"{artefact.name}.html"

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from fljax import config as configs
+from fljax.reproduction import catalogue
+from fljax.reproduction import discussion
+from fljax.reproduction import figures
 from fljax.reproduction import plan
 from fljax.reproduction import render
+from fljax.reproduction import tables
 
 BASES = {"mnist": configs.Config()}
 
@@ -31,7 +35,7 @@ def make_record(training=(0.98, 1.0), seed=0, **phases):
 
 
 def make_table(shown=2):
-  table = plan.table_1(BASES)
+  table = tables.table_1(BASES)
   return table._replace(rows=table.rows[:shown])
 
 
@@ -60,7 +64,7 @@ def test_values_stand_where_they_belong():
 
 def test_a_value_may_be_a_mean_over_experiments():
   bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
-  table = plan.table_4(bases)
+  table = tables.table_4(bases)
 
   def baselines(target):
     phases = [
@@ -97,7 +101,7 @@ def test_a_value_may_be_a_mean_over_experiments():
 
 def test_table_4_shows_the_papers_numbers_beside_the_oracle():
   bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
-  table = plan.table_4(bases)
+  table = tables.table_4(bases)
   shown = {
     (column.group, column.name): value
     for column, value in zip(table.columns, table.rows[0].paper, strict=True)
@@ -154,7 +158,7 @@ def test_a_half_done_table_averages_what_there_is():
 
 
 def test_of_an_attack_without_a_result_nothing_is_said():
-  table = plan.discussion_2(BASES)
+  table = discussion.discussion_2(BASES)
   record = make_record(
     fp=(0.9, 0.8), fp_aw=(0.9, 0.2), fp_ft=(0.95, 0.9), all=(0.95, 0.1)
   )
@@ -172,7 +176,7 @@ def test_labels_are_escaped_on_the_page():
 
 
 def test_a_figure_averages_over_seeds_and_is_the_same_again():
-  figure = plan.figure_3(BASES)
+  figure = figures.figure_3(BASES)
   records = {
     (label, "", seed): make_record(training=(0.9, 0.5), seed=seed)
     for label in figure.cells
@@ -187,14 +191,14 @@ def test_a_figure_averages_over_seeds_and_is_the_same_again():
 
 
 def test_a_figure_without_results_says_so():
-  made = render.figure(plan.figure_5(BASES), {}, {}, (0,), "command")
+  made = render.figure(figures.figure_5(BASES), {}, {}, (0,), "command")
   assert not made.files and "No result yet." in made.section
 
 
 @pytest.mark.parametrize("number", [5, 6, 7, 8, 9, 10])
 def test_every_kind_of_figure_is_drawn(number):
   bases = {name: configs.Config() for name in ("mnist", "fashion_mnist")}
-  figure = plan.FIGURES[number](bases)
+  figure = catalogue.FIGURES[number](bases)
   record = make_record(
     fp=(0.9, 0.8), fp_aw=(0.9, 0.2), fp_ft=(0.95, 0.9), all=(0.95, 0.1)
   )
@@ -226,7 +230,7 @@ def test_every_kind_of_figure_is_drawn(number):
 
 
 def test_triggers_are_drawn_on_a_real_image():
-  made = render.figure(plan.figure_1(BASES), {}, {}, (0,), "command")
+  made = render.figure(figures.figure_1(BASES), {}, {}, (0,), "command")
   assert set(made.files) == {"figure-1.png", "figure-1.svg"}
 
 
