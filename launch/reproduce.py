@@ -3,6 +3,7 @@
   python launch/reproduce.py --table=1
   python launch/reproduce.py --figure=5,6 --seeds=0,1,2
   python launch/reproduce.py --discussion=1
+  python launch/reproduce.py --beyond=1
   python launch/reproduce.py --all
 
 Every cell is an experiment with a config and a seed. What was trained is kept
@@ -46,17 +47,18 @@ def _numbers(known: Sequence[int]) -> str:
   return ", ".join(map(str, known))
 
 
-_TABLE = flags.DEFINE_list(
-  "table", [], f"Tables to make: some of {_numbers([*catalogue.TABLES])}."
-)
-_FIGURE = flags.DEFINE_list(
-  "figure", [], f"Figures to make: some of {_numbers([*catalogue.FIGURES])}."
-)
-_DISCUSSION = flags.DEFINE_list(
-  "discussion",
-  [],
-  f"Attacks of Section VI-B: some of {_numbers([*catalogue.DISCUSSION])}.",
-)
+_KINDS = {
+  "table": "Tables to make",
+  "figure": "Figures to make",
+  "discussion": "Attacks of Section VI-B",
+  "beyond": "What goes beyond the paper",
+}
+_WANTED = {
+  kind: flags.DEFINE_list(
+    kind, [], f"{text}: some of {_numbers([*catalogue.KINDS[kind]])}."
+  )
+  for kind, text in _KINDS.items()
+}
 _ALL = flags.DEFINE_boolean("all", False, "Make everything.")
 _PAIRS = flags.DEFINE_list(
   "pairs",
@@ -137,28 +139,25 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
   """What was asked for, by flag and number."""
   pairs = [parse_pair(text) for text in _PAIRS.value]
   found: dict[str, plan.Table | plan.Figure] = {}
-  for flag, known in (
-    (_TABLE, catalogue.TABLES),
-    (_FIGURE, catalogue.FIGURES),
-    (_DISCUSSION, catalogue.DISCUSSION),
-  ):
+  for kind, flag in _WANTED.items():
+    known = catalogue.KINDS[kind]
     wanted = list(map(str, known)) if _ALL.value else flag.value
     for text in wanted:
       if not text.isdigit() or int(text) not in known:
         raise errors.ConfigError(
-          f"--{flag.name}={text}: there is no such {flag.name} here; choose"
+          f"--{kind}={text}: there is no such {kind} here; choose"
           f" some of {_numbers([*known])}."
         )
       whole = known[int(text)](base)
       artefact = plan.only(whole, pairs) if pairs else whole
       if artefact is None:
         print(
-          f"--{flag.name}={text}: left out, none of its experiments is of"
+          f"--{kind}={text}: left out, none of its experiments is of"
           f" --pairs={','.join(_PAIRS.value)}.",
           file=sys.stderr,
         )
         continue
-      found[f"--{flag.name}={text}"] = artefact
+      found[f"--{kind}={text}"] = artefact
   if not found:
     raise errors.ConfigError(
       "nothing to make: give --table, --figure, --discussion or --all, and"
@@ -275,8 +274,8 @@ def write(
     )
     print(f"{artefact.title}: {made.summary or 'drawn'}")
   page = {}
-  for maker in (catalogue.TABLES, catalogue.FIGURES, catalogue.DISCUSSION):
-    for make in maker.values():
+  for makers in catalogue.KINDS.values():
+    for make in makers.values():
       artefact = make(bases((), ""))
       path = sections_folder / f"{artefact.name}.html"
       page[artefact.title] = (

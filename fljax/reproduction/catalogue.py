@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 
+from fljax.reproduction import beyond
 from fljax.reproduction import discussion
 from fljax.reproduction import figures
 from fljax.reproduction import tables
@@ -35,4 +37,18 @@ DISCUSSION: dict[int, Callable[[Bases], Table]] = {
   1: discussion.discussion_1,
   2: discussion.discussion_2,
   3: discussion.discussion_3,
+}
+BEYOND: dict[int, Callable[[Bases], Table]] = {
+  1: beyond.beyond_1,
+  2: beyond.beyond_2,
+  3: beyond.beyond_3,
+  4: beyond.beyond_4,
+  5: beyond.beyond_5,
+}
+# By the flag that asks for it, in the order in which the page shows it.
+KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {
+  "table": TABLES,
+  "figure": FIGURES,
+  "discussion": DISCUSSION,
+  "beyond": BEYOND,
 }
