@@ -178,7 +178,7 @@ def beyond_5(bases: Bases) -> Table:
 
   return Table(
     "beyond-5",
-    "Beyond the paper: attacks of Section VI-B and tuning the head alone, MNIST",
+    "Beyond the paper: attacks of Section VI-B on tuning the head, MNIST",
     "Attackers promote the backdoor's neurons in their reports, or limit their"
     " last convolution to μ ± Δσ, in training as in fine-tuning.",
     _COLUMNS,
