@@ -6,13 +6,20 @@ an error: what passes here passes quietly for users.
 
 import os
 from pathlib import Path
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One device, whatever the machine: tests of several make them themselves.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
-# No test may depend on, or leave anything in, the user's cache.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# No test may depend on, or leave anything in, the user's cache. Each worker's
+# keeps compiled programs for all its modules and the processes they start.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fljax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+  os.environ["XDG_CACHE_HOME"], "fljax", "programs"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Small programs that run for milliseconds: most of the suite is compiling them,
 # a quarter of that the optimisations of LLVM.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -107,6 +114,10 @@ def from_flax():
     mean=(0.3,),
     std=(0.4,),
   )
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -43,18 +43,11 @@ def tiny():
   del models.MODELS["tiny"]
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-  """Compiled programs, kept between the runs of this module."""
-  return tmp_path_factory.mktemp("programs")
-
-
 @pytest.fixture
-def config(own_data, programs, tmp_path):
+def config(own_data, tmp_path):
   return configs.Config(
     workdir=str(tmp_path / "run"),
     dataset=str(own_data),
-    compilation_cache=str(programs),
     **TINY_SETTINGS,
   )
 
@@ -305,10 +298,23 @@ class _KilledError(BaseException):
   pass
 
 
-@pytest.mark.parametrize("moment", [1, 2, 4, 5, 6, 7])
-def test_a_killed_run_goes_on_to_the_same_bits(config, monkeypatch, moment):
-  """Killed right before, or right after, the given checkpoint is written."""
+@pytest.fixture(scope="module")
+def uninterrupted(own_data, tmp_path_factory):
+  """What a run of `config`'s settings ends in."""
+  config = configs.Config(
+    workdir=str(tmp_path_factory.mktemp("uninterrupted") / "run"),
+    dataset=str(own_data),
+    **TINY_SETTINGS,
+  )
   experiment.run(config, quiet=True)
+  return _final(config)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 5, 6, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(
+  config, uninterrupted, monkeypatch, moment
+):
+  """Killed right before, or right after, the given checkpoint is written."""
   save = workdirs.Workdir.save
   for after in (False, True):
     killed = _with(config, workdir=f"{config.workdir}-{after}")
@@ -329,7 +335,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, monkeypatch, moment):
       experiment.run(killed, quiet=True)
     monkeypatch.setattr(workdirs.Workdir, "save", save)
     experiment.run(killed, quiet=True)
-    _assert_same(_final(config), _final(killed))
+    _assert_same(uninterrupted, _final(killed))
 
 
 def test_a_run_on_other_data_is_refused(config, tmp_path):
@@ -354,8 +360,9 @@ def test_checkpoints_may_be_more_frequent_than_evaluations(config):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(config, monkeypatch, number):
-  experiment.run(config, quiet=True)
+def test_a_signal_saves_and_the_run_goes_on(
+  config, uninterrupted, monkeypatch, number
+):
   stopped = _with(config, workdir=config.workdir + "-stopped")
   advance = experiment.consoles.Console.advance
 
@@ -373,7 +380,7 @@ def test_a_signal_saves_and_the_run_goes_on(config, monkeypatch, number):
     _, progress = workdir.restore(experiment.setup(stopped).init_state())
   assert progress.phase == "training" and not progress.complete
   experiment.run(stopped, quiet=True)
-  _assert_same(_final(config), _final(stopped))
+  _assert_same(uninterrupted, _final(stopped))
 
 
 def test_signals_are_handled_as_before_after_a_run(config):
@@ -394,7 +401,6 @@ def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
       checkpoint_every=1,
       cleanse="fp",
       figures=False,
-      compilation_cache=str(tmp_path / "cache"),
     )
     for name in ("killed", "whole")
   )

@@ -14,14 +14,6 @@ from fljax import console
 MAIN = ROOT / "launch" / "main.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-  """One cache of programs for all runs of this module, not the user's."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-
-
 SMALL = (
   "--model=mnist_small",
   "--samples_per_client=60",

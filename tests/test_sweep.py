@@ -66,7 +66,6 @@ def _config(folder, name, **changes):
     "delta_step": 2.0,
     "cleanse": "",
     "figures": False,
-    "compilation_cache": str(folder / "programs"),
   }
   return configs.Config(workdir=str(folder / name), **{**settings, **changes})
 

@@ -32,7 +32,6 @@ def base(tmp_path_factory):
   folder = tmp_path_factory.mktemp("store")
   return configs.Config(
     dataset=str(write_images(folder / "rows.npz")),
-    compilation_cache=str(folder / "programs"),
     **TINY_SETTINGS,
   )
 
