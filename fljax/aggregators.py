@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
@@ -101,7 +102,96 @@ def weighted_mean() -> Aggregator:
   return linear(lambda weights: weights / jnp.maximum(weights.sum(), 1))
 
 
+def left_out(clients: int, share: float) -> int:
+  """How many of the highest reports, and of the lowest, are left out.
+
+  Args:
+    clients: how many report.
+    share: of them, on each side, in [0, 0.5).
+
+  Returns:
+    `ceil(share · clients)`, or fewer, so that at least one remains.
+  """
+  return min(math.ceil(share * clients - 1e-9), (clients - 1) // 2)
+
+
+def trimmed_mean(share: float = 0.2) -> Aggregator:
+  """The mean of each parameter's updates without the most extreme ones.
+
+  As long as attackers are no more than what is left out on a side, every
+  parameter's update lies between two honest ones, whatever they send; what is
+  not a number counts as infinite. Benign clients of few labels are extreme
+  too, so it costs some of what they learn.
+
+  Args:
+    share: of the cohort, on each side, in [0, 0.5), see `left_out`.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
+    (Yin, Chen, Ramchandran, Bartlett), Definition 2.
+  """
+
+  def combine(leaf: Array) -> Array:
+    out = left_out(len(leaf), share)
+    known = jnp.where(jnp.isnan(leaf), jnp.inf, leaf)
+    return _sorted(known)[out : len(leaf) - out].mean(axis=0)
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    del weights
+    return jax.tree.map(combine, updates), state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+def median() -> Aggregator:
+  """The median of each parameter's updates; of an even number, the middle two.
+
+  References:
+    As for `trimmed_mean`, Definition 1.
+  """
+  return trimmed_mean(0.5)
+
+
+# Up to so many rows are sorted by a network of minima and maxima, which XLA
+# fuses: 10 rows of 250,000 take 1.4 ms on two CPU cores, by its own sorting
+# 160. The network's size, and the time to compile it, grows with the square.
+_NETWORK = 16
+
+
+def _sorted(leaf: Array) -> Array:
+  """Sorts along the leading axis."""
+  if len(leaf) > _NETWORK:
+    return jnp.sort(leaf, axis=0)
+  rows = list(leaf)
+  for step in range(len(rows)):
+    for low in range(step % 2, len(rows) - 1, 2):
+      one, other = rows[low], rows[low + 1]
+      rows[low] = jnp.minimum(one, other)
+      rows[low + 1] = jnp.maximum(one, other)
+  return jnp.stack(rows)
+
+
 AGGREGATORS: dict[str, Callable[[], Aggregator]] = {
   "mean": mean,
   "weighted": weighted_mean,
+  "trimmed_mean": trimmed_mean,
+  "median": median,
 }
+
+
+def build(name: str, *, trim: float) -> Aggregator:
+  """An aggregator by its name in `AGGREGATORS`.
+
+  Args:
+    name: which.
+    trim: what `trimmed_mean` leaves out; the others do not need it.
+
+  Returns:
+    The aggregator.
+  """
+  if name == "trimmed_mean":
+    return trimmed_mean(trim)
+  return AGGREGATORS[name]()

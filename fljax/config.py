@@ -25,11 +25,9 @@ from fljax.cleanse import pruning
 from fljax.cleanse import selection
 from fljax.cleanse import weights
 
-# The paper's full process (Figure 2), in its order.
-PROCESS = ("fp", "ft", "aw")
-PHASES = (*PROCESS, "ht")
+PHASES = ("fp", "ft", "aw")
 # Adjusting thins the margin of the victim class, and training on restores it.
-RETURNING = ("ft", "aw", "ht")
+RETURNING = ("ft", "aw")
 # Defences to compare with; the server uses its own validation images.
 # The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
@@ -241,8 +239,16 @@ class Config:
   aggregation: str = _setting(
     "mean",
     "'mean' is the paper's plain mean of updates, 'weighted' FedAvg's by"
-    " number of images.",
+    " number of images; 'trimmed_mean' and 'median' of each parameter withstand"
+    " a minority, and learn less where clients differ.",
     choices=tuple(aggregators.AGGREGATORS),
+  )
+  aggregation_trim: float = _setting(
+    0.2,
+    "Share of a round's clients that trimmed_mean leaves out on each side;"
+    " attackers should be no more.",
+    low=0,
+    high=0.49,
   )
   server_rate: float = _setting(
     1.0, "Server learning rate η on the combined update.", above=0
@@ -332,12 +338,11 @@ class Config:
   cleanse: str = _setting(
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
-    " (fine-tuning), aw (adjusting extreme weights), ht (fine-tuning of the"
-    " layers behind the last convolution alone); or, to compare with,"
+    " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
     " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
     " several by AA), each applied to the trained model if only such are named."
-    " ft, aw and ht may come again, as in fp,aw,ft,aw. Empty for none.",
+    " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
     cleansing=True,
   )
   pruning: str = _setting(
@@ -401,6 +406,14 @@ class Config:
     1.0,
     "Amplification γ that attackers keep up in fine-tuning.",
     low=1,
+    cleansing=True,
+  )
+  fine_tune_aggregation: str = _setting(
+    "same",
+    "How the updates of fine-tuning are aggregated; 'same' is as in training."
+    " With trimmed_mean or median, a minority of attackers cannot teach the"
+    " model its backdoor again.",
+    choices=("same", *aggregators.AGGREGATORS),
     cleansing=True,
   )
   fine_tune_learning_rate: float = _setting(
@@ -565,7 +578,7 @@ class Config:
     if unknown or again:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse} must name some of {', '.join(known)},"
-        f" separated by commas; only {', '.join(RETURNING)} may come again,"
+        f" separated by commas; only {' and '.join(RETURNING)} may come again,"
         " after another phase."
       )
     baselines = [phase for phase in self.phases if phase in BASELINES]
@@ -631,6 +644,13 @@ class Config:
   def last_learning_rate(self) -> float:
     """The local learning rate that training ends with."""
     return self.final_learning_rate or self.learning_rate
+
+  @property
+  def tuning_aggregation(self) -> str:
+    """How fine-tuning aggregates, by its name in `AGGREGATORS`."""
+    if self.fine_tune_aggregation == "same":
+      return self.aggregation
+    return self.fine_tune_aggregation
 
   @property
   def phases(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ is when, and what becomes of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
@@ -351,13 +350,7 @@ class Driver:
 
   def _phase(self, name: str, kind: str, state: Any) -> Any:
     started = time.perf_counter()
-    tune, experiment = self._fine_tune, self.experiment
-    run_phase: dict[str, Callable[[str, Any], Any]] = {
-      "fp": self._prune,
-      "ft": functools.partial(tune, block=experiment.block),
-      "aw": self._adjust,
-      "ht": functools.partial(tune, block=experiment.head_block),
-    }
+    run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
     if kind in run_phase:
       state, facts, curve = run_phase[kind](name, state)
     else:
@@ -464,9 +457,9 @@ class Driver:
     return after, facts, curve
 
   def _fine_tune(
-    self, name: str, state: Any, *, block: rounds.Block
+    self, name: str, state: Any
   ) -> tuple[Any, dict[str, Any], Any]:
-    """Federated fine-tuning (FT, or HT: of the head), attackers included."""
+    """Federated fine-tuning (FT), attackers included."""
     config, experiment = self.config, self.experiment
     rate = config.fine_tune_learning_rate or config.last_learning_rate
     federation = populations.for_fine_tuning(
@@ -486,7 +479,7 @@ class Driver:
 
     self.console.start(name, config.fine_tune_rounds, 0)
     tuned = pipeline.fine_tune(
-      block,
+      experiment.tuning_block,
       state,
       federation,
       experiment.key,
@@ -663,20 +656,17 @@ def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
   Returns:
     For each: its name in results.json, its kind, and whether it is a side
     result that the next phase does not build on. The paper's full process,
-    fp, ft, aw, is called "all", whatever follows it, and also shows "fp+aw".
-    Baselines alone are compared: each is applied to the trained model.
+    fp, ft, aw, ends in "all" and also shows "fp+aw". Baselines alone are
+    compared: each is applied to the trained model.
   """
   if all(phase in configs.BASELINES for phase in phases):
     return [(phase, phase, True) for phase in phases]
-  paper = len(configs.PROCESS)
-  whole = phases[:paper] == configs.PROCESS
-  steps = []
-  for end, kind in enumerate(phases, start=1):
-    so_far = phases[:end]
-    if whole and end >= paper:
-      so_far = ("all", *phases[paper:end])
-    steps.append(("+".join(so_far), kind, False))
-  if whole:
+  steps = [
+    ("+".join(phases[: index + 1]), kind, False)
+    for index, kind in enumerate(phases)
+  ]
+  if phases == configs.PHASES:
+    steps[-1] = ("all", "aw", False)
     steps.insert(1, ("fp+aw", "aw", True))
   return steps
 

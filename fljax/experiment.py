@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import os
 from typing import Any
 from typing import NamedTuple
@@ -51,7 +50,8 @@ class Experiment(NamedTuple):
     attack: the attackers' hooks.
     aggregator: the server's rule.
     block: rounds of training as one program; it donates its state.
-    head_block: the same of rounds that train the network's head alone.
+    tuning_block: rounds of fine-tuning; the same one, unless fine-tuning
+      aggregates in another way.
     key: the random key of training.
     validation: the server's own images, or None.
     test: the whole test split, for TA.
@@ -67,7 +67,7 @@ class Experiment(NamedTuple):
   attack: attacks.Attack
   aggregator: aggregators.Aggregator
   block: rounds.Block
-  head_block: rounds.Block
+  tuning_block: rounds.Block
   key: Array
   validation: evaluate.Examples | None
   test: evaluate.Examples
@@ -180,9 +180,7 @@ def setup(
   devices = 1 if mesh is None else mesh.size
   evaluation_batch = -(-plan.evaluation_batch // devices) * devices
   if like is None:
-    model, aggregator, block, head_block = _programs(
-      config, dataset, attack, plan
-    )
+    model = _model(config, dataset, plan)
     test = parallel.place_examples(
       evaluate.batched(
         dataset.test_images, dataset.test_labels, batch_size=evaluation_batch
@@ -190,13 +188,23 @@ def setup(
       mesh,
     )
   else:
-    model, aggregator, block, head_block, test = (
-      like.model,
-      like.aggregator,
-      like.block,
-      like.head_block,
-      like.test,
+    model, test = like.model, like.test
+  attack = attacks.chain(attack, *_attacks_on(model, config))
+  aggregator = aggregators.build(
+    config.aggregation, trim=config.aggregation_trim
+  )
+  block = (
+    like.block if like else _block(config, model, attack, aggregator, plan)
+  )
+  if config.tuning_aggregation == config.aggregation:
+    tuning_block = block
+  elif like and like.config.tuning_aggregation == config.tuning_aggregation:
+    tuning_block = like.tuning_block
+  else:
+    rule = aggregators.build(
+      config.tuning_aggregation, trim=config.aggregation_trim
     )
+    tuning_block = _block(config, model, attack, rule, plan)
   validation, stamped = None, None
   if len(held_out):
     validation = evaluate.batched(
@@ -222,7 +230,7 @@ def setup(
     attack=attack,
     aggregator=aggregator,
     block=block,
-    head_block=head_block,
+    tuning_block=tuning_block,
     key=parallel.replicate(jax.random.fold_in(root, 3), mesh),
     validation=validation and parallel.place_examples(validation, mesh),
     test=test,
@@ -232,17 +240,14 @@ def setup(
   )
 
 
-def _programs(
-  config: Config,
-  dataset: data.Dataset,
-  attack: attacks.Attack,
-  plan: execution.Plan,
-) -> tuple[models.Model, aggregators.Aggregator, rounds.Block, rounds.Block]:
-  """The network, the server's rule, and rounds: of all of it, of its head."""
+def _model(
+  config: Config, dataset: data.Dataset, plan: execution.Plan
+) -> models.Model:
+  """The network."""
   normalisation: dict[str, tuple[float, ...]] = {}
   if config.normalisation == "standard":
     normalisation = {"mean": dataset.mean, "std": dataset.std}
-  model = models.build(
+  return models.build(
     config.model,
     image_shape=dataset.train_images.shape[1:],
     num_classes=dataset.num_classes,
@@ -255,41 +260,43 @@ def _programs(
       else config.pooling,
     ),
   )
-  attack = attacks.chain(attack, *_attacks_on(model, config))
-  aggregator = aggregators.AGGREGATORS[config.aggregation]()
+
+
+def _block(
+  config: Config,
+  model: models.Model,
+  attack: attacks.Attack,
+  aggregator: aggregators.Aggregator,
+  plan: execution.Plan,
+) -> rounds.Block:
+  """Rounds of training that end in an aggregator."""
   chunk = config.client_chunk
   on_host = config.population == "host"
-
-  def block(parts: Sequence[str]) -> rounds.Block:
-    run_round = rounds.make_round(
+  run_round = rounds.make_round(
+    model,
+    local.sgd_training(
       model,
-      local.sgd_training(
-        model,
-        optimizer(config),
-        epochs=config.local_epochs,
-        batch_size=config.batch_size,
-        most_steps=config.local_steps,
-        last_conv_l2=config.last_conv_l2,
-        precision=config.precision,
-        augmentation=config.augment,
-        attackers_hook=attack.local,
-        parts=parts,
-      ),
-      attack=attack,
-      aggregator=aggregator,
-      cohort_size=0 if on_host else config.clients_per_round,
-      server_rate=config.server_rate,
-      client_chunk=plan.client_chunk if chunk < 0 else chunk,
-      schedule=schedule(config),
-      parts=parts,
+      optimizer(config),
+      epochs=config.local_epochs,
+      batch_size=config.batch_size,
+      most_steps=config.local_steps,
+      last_conv_l2=config.last_conv_l2,
+      precision=config.precision,
+      augmentation=config.augment,
+      attackers_hook=attack.local,
+    ),
+    attack=attack,
+    aggregator=aggregator,
+    cohort_size=0 if on_host else config.clients_per_round,
+    server_rate=config.server_rate,
+    client_chunk=plan.client_chunk if chunk < 0 else chunk,
+    schedule=schedule(config),
+  )
+  if on_host:
+    return rounds.make_streamed_block(
+      model, run_round, config.clients_per_round
     )
-    if on_host:
-      return rounds.make_streamed_block(
-        model, run_round, config.clients_per_round
-      )
-    return rounds.make_block(model, run_round)
-
-  return model, aggregator, block(models.PARTS), block(("head",))
+  return rounds.make_block(model, run_round)
 
 
 def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:

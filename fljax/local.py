@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import Protocol
@@ -145,7 +144,6 @@ def sgd_training(
   precision: str = "default",
   augmentation: str = "none",
   attackers_hook: Callable[[Params], Params] | None = None,
-  parts: Sequence[str] = models.PARTS,
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
 
@@ -168,21 +166,15 @@ def sgd_training(
     augmentation: see `augment`; a trigger is stamped after it, where it lies
       in test images too.
     attackers_hook: applied to an active attacker's model after each step.
-    parts: which of `models.PARTS` learn; the others stay as they are, and no
-      gradient is computed for them.
 
   Returns:
     The training function.
   """
   dtype = execution.compute_dtype(precision)
 
-  def learning(params: Params) -> Params:
-    return {part: params[part] for part in parts}
-
   def loss_fn(
-    learnt: Params, params: Params, images: Array, labels: Array, mask: Array
+    params: Params, images: Array, labels: Array, mask: Array
   ) -> tuple[Array, Array]:
-    params = {**params, **learnt}
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     logits = models.apply(model, rounded, images).astype(jnp.float32)
     loss = cross_entropy(logits, labels, mask)
@@ -219,13 +211,12 @@ def sgd_training(
       stamped = triggers.stamp(images, client.trigger)
       poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
       images = jnp.where(poisoned, stamped, images)
-      learnt = learning(params)
       grads, loss = jax.grad(loss_fn, has_aux=True)(
-        learnt, params, images, client.labels[indices], mask
+        params, images, client.labels[indices], mask
       )
-      updates, new_state = optimizer.update(grads, opt_state, learnt)
+      updates, new_state = optimizer.update(grads, opt_state, params)
       updates = jax.tree.map(lambda leaf: rate * leaf, updates)
-      new = {**params, **optax.apply_updates(learnt, updates)}
+      new = optax.apply_updates(params, updates)
       if attackers_hook is not None:
         new = jax.tree.map(
           functools.partial(jnp.where, active), attackers_hook(new), new
@@ -239,7 +230,7 @@ def sgd_training(
       )
       return carry, (loss * count, count)
 
-    start = (params, optimizer.init(learning(params)))
+    start = (params, optimizer.init(params))
     # Not among those that shuffle: without augmentation nothing changes.
     step_keys = jax.random.split(
       jax.random.fold_in(key, epochs), batches.shape[0]

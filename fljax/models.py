@@ -30,8 +30,6 @@ from fljax import layers
 
 Array = jax.Array
 Params = dict[str, Any]
-# The keys of a network's parameters, in the order in which they are applied.
-PARTS = ("stem", "target", "head")
 
 
 class NeuronSums(NamedTuple):
@@ -58,7 +56,7 @@ class Model(NamedTuple):
   """A network as pure functions of its parameters.
 
   Attributes:
-    init: key -> params, a dict with the keys `PARTS`.
+    init: key -> params, a dict with the keys "stem", "target" and "head".
     stem: (params, images) -> input of the target convolution. Images are
       [batch, height, width, channels], uint8 or floating point in [0, 1];
       they are limited to [0, 1] and normalised here, at inference too

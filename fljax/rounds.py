@@ -9,7 +9,6 @@ cohort is spread over the devices; the server's state is the same on all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import Protocol
@@ -155,7 +154,6 @@ def make_round(
   server_rate: float = 1.0,
   client_chunk: int = 0,
   schedule: Callable[[Array], Array | float] | None = None,
-  parts: Sequence[str] = models.PARTS,
 ) -> Round:
   """Builds the federated round.
 
@@ -176,8 +174,6 @@ def make_round(
     schedule: of local learning rates: from the rounds done so far, an int32
       scalar, what every client's local steps are multiplied by. None does
       not change them.
-    parts: which of `models.PARTS` the server updates. It keeps the others,
-      whatever clients send: a client that `train`s them achieves nothing.
 
   Returns:
     The round: (state, federation, key) -> (state, metrics). The key is that
@@ -244,17 +240,10 @@ def make_round(
       update, aggregator_state = aggregator.update(
         updates, weights, state.aggregator
       )
-    updated = {
-      part: jax.tree.map(
-        lambda old, change: old + server_rate * change,
-        state.params[part],
-        update[part],
-      )
-      for part in parts
-    }
-    params = models.mask_neurons(
-      model, {**state.params, **updated}, state.neuron_mask
+    params = jax.tree.map(
+      lambda old, change: old + server_rate * change, state.params, update
     )
+    params = models.mask_neurons(model, params, state.neuron_mask)
     loss = losses.mean()
     finite = jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):

@@ -12,7 +12,6 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 import conftest  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(conftest.ROOT / "tests" / "baselines"))
@@ -43,15 +42,6 @@ def difference(one, other):
   )
 
 
-def median():
-  """An aggregator that needs all updates at once."""
-
-  def update(updates, weights, state):
-    return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), updates), state
-
-  return aggregators.Aggregator(init=lambda params: (), update=update)
-
-
 def on_rounds():
   """Rounds with cohorts that do and do not divide evenly, and reports."""
   model = conftest.from_flax()
@@ -66,7 +56,7 @@ def on_rounds():
   for clients, cohort, chunk, aggregator, extra in (
     (11, 0, 1, aggregators.weighted_mean(), None),
     (11, 5, 0, aggregators.mean(), None),
-    (11, 6, 2, median(), None),
+    (11, 6, 2, aggregators.median(), None),
     (3, 0, 0, aggregators.mean(), together),
   ):
     federation, attack = conftest.make_federation(

@@ -55,6 +55,52 @@ def test_mean_and_weighted_mean_are_the_papers_equations():
   assert float(weighted["w"][0]) == pytest.approx((1 + 2 + 12) / 4)
 
 
+@given(
+  seed=st.integers(0, 99),
+  clients=st.integers(1, 20),
+  share=st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.49]),
+)
+def test_the_trimmed_mean_is_that_of_the_middle(seed, clients, share):
+  updates = _updates(seed, clients)
+  combined, _ = aggregators.trimmed_mean(share).update(
+    updates, jnp.ones(clients), ()
+  )
+  out = min(int(np.ceil(share * clients)), (clients - 1) // 2)
+  expected = jax.tree.map(
+    lambda leaf: np.sort(leaf, axis=0)[out : clients - out].mean(axis=0),
+    updates,
+  )
+  chex.assert_trees_all_close(combined, expected, rtol=1e-5, atol=1e-6)
+  middle, _ = aggregators.median().update(updates, jnp.ones(clients), ())
+  chex.assert_trees_all_close(
+    middle,
+    jax.tree.map(lambda leaf: np.median(leaf, axis=0), updates),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@given(
+  seed=st.integers(0, 99),
+  clients=st.integers(3, 20),
+  sent=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.1]),
+  name=st.sampled_from(["trimmed_mean", "median"]),
+)
+def test_a_minority_cannot_leave_the_range_of_the_others(
+  seed, clients, sent, name
+):
+  updates = _updates(seed, clients)
+  aggregator = aggregators.build(name, trim=0.2)
+  liars = aggregators.left_out(clients, {"trimmed_mean": 0.2}.get(name, 0.5))
+  assert liars >= 1
+  lying = jax.tree.map(lambda leaf: leaf.at[:liars].set(sent), updates)
+  combined, _ = jax.jit(aggregator.update)(lying, jnp.ones(clients), ())
+  for key, leaf in combined.items():
+    honest = np.asarray(updates[key])[liars:]
+    assert (leaf >= honest.min(axis=0) - 1e-6).all()
+    assert (leaf <= honest.max(axis=0) + 1e-6).all()
+
+
 def test_a_cohort_without_samples_changes_nothing():
   updates = {"w": jnp.zeros((3, 2))}
   combined, _ = aggregators.weighted_mean().update(updates, jnp.zeros(3), ())

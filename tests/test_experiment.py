@@ -138,11 +138,6 @@ def test_a_run_leaves_what_is_promised(config):
     ("ft,fp", ["training", "ft", "ft+fp"]),
     ("aw,ft,fp", ["training", "aw", "aw+ft", "aw+ft+fp"]),
     ("aw,ft,aw", ["training", "aw", "aw+ft", "aw+ft+aw"]),
-    ("fp,aw,ht", ["training", "fp", "fp+aw", "fp+aw+ht"]),
-    (
-      "fp,ft,aw,ht,aw",
-      ["training", "fp", "fp+aw", "fp+ft", "all", "all+ht", "all+ht+aw"],
-    ),
   ],
 )
 def test_phases_are_chosen_and_ordered(config, cleanse, names):
@@ -166,6 +161,36 @@ def test_fine_tuning_ends_when_enough_is_recovered(config, cleanse):
     )
     tuned = experiment.run(config, quiet=True)["phases"][-1]
     assert tuned["fine_tune_rounds"] == expected
+
+
+def test_fine_tuning_may_aggregate_in_its_own_way(config):
+  config = _with(config, rounds=2, cleanse="ft", fine_tune_rounds=1)
+  plain = experiment.setup(config)
+  assert plain.tuning_block is plain.block
+  robust = _with(
+    config,
+    fine_tune_aggregation="median",
+    workdir=config.workdir + "-robust",
+  )
+  made = experiment.setup(robust, like=plain)
+  assert made.block is plain.block is not made.tuning_block
+  again = experiment.setup(robust, like=made)
+  assert again.tuning_block is made.tuning_block
+  back = experiment.setup(config, like=made)
+  assert back.tuning_block is back.block
+
+  experiment.run(config, quiet=True)
+  experiment.run(robust, quiet=True)
+  (_, lines, tuned), (_, robust_lines, robust_tuned) = map(
+    _final, (config, robust)
+  )
+  training = [line for line in lines if line["phase"] == "training"]
+  assert training and training == robust_lines[: len(training)]
+  kernels = [
+    models.target_kernel(plain.model, state.params)
+    for state in (tuned, robust_tuned)
+  ]
+  assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
 
 
 def test_the_same_config_gives_the_same_bits(config):

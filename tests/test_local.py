@@ -137,34 +137,6 @@ def test_most_steps_end_training_within_an_epoch(model, params):
     chex.assert_trees_all_close(whole, trained)
 
 
-@pytest.mark.parametrize("part", models.PARTS)
-def test_a_part_learns_alone_what_it_learns_with_the_others(
-  model, params, part
-):
-  federation, _ = make_federation(samples=10)
-  client = federations.select(federation, 0)
-  rest = (jnp.ones(model.neurons, bool), jnp.asarray(True), jax.random.key(4))
-  alone, loss = make_training(model, parts=(part,), epochs=1, most_steps=1)(
-    params, client, *rest
-  )
-  whole, whole_loss = make_training(model, epochs=1, most_steps=1)(
-    params, client, *rest
-  )
-  chex.assert_trees_all_close(alone[part], whole[part], rtol=1e-5, atol=1e-7)
-  assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
-  longer, _ = make_training(model, parts=(part,))(params, client, *rest)
-  for name in models.PARTS:
-    unchanged = all(
-      np.array_equal(new, old)
-      for new, old in zip(
-        jax.tree.leaves(longer[name]),
-        jax.tree.leaves(params[name]),
-        strict=True,
-      )
-    )
-    assert unchanged == (name != part)
-
-
 @given(rate=st.sampled_from([0.25, 0.5, 2.0]), momentum=st.booleans())
 def test_a_clients_rate_multiplies_its_learning_rate(
   model, params, rate, momentum

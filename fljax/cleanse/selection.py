@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fljax import aggregators
+
 # Accuracies are float32 shares of counted hits: less than one hit, more than
 # their rounding.
 TOLERANCE = 1e-6
@@ -85,10 +87,9 @@ DROPS = {
 def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   """Combines what clients report, without the most extreme reports.
 
-  At each step the `ceil(share · clients)` highest and as many lowest reports
-  are left out (fewer, if none would remain). As long as liars are no more
-  than the reports left out on a side, every step's result lies between two
-  honest reports.
+  At each step the `aggregators.left_out` highest and as many lowest reports
+  are left out. As long as liars are no more than the reports left out on a
+  side, every step's result lies between two honest reports.
 
   Args:
     reports: [clients, steps].
@@ -99,5 +100,5 @@ def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   """
   reports = np.sort(np.asarray(reports, np.float64), axis=0)
   clients = len(reports)
-  out = min(int(np.ceil(share * clients)), (clients - 1) // 2)
+  out = aggregators.left_out(clients, share)
   return reports[out : clients - out].mean(axis=0)
