@@ -9,8 +9,7 @@
 #   benchmark  images/s and peak memory, at float32 (TF32, or the TPU's default)
 #              and at bfloat16, beside PyTorch's loop over clients if torch is
 #              installed
-#   table3     CIFAR-10, nine pairs, trained as one program; and cleansed by
-#              robust fine-tuning
+#   table3     CIFAR-10, nine pairs, trained as one program
 #   bfloat16   the same, trained at bfloat16
 #   table1     the 18 pairs of Table I on SEEDS (default 0,1,2), as one program
 #   table5     what Table V adds to it
@@ -79,7 +78,7 @@ for name in ${*:-benchmark table3 bfloat16 table1 table5 table2 mnist}; do
       reproduce "$name" "$runs" --table="${name#table}" --seeds="$seeds"
       ;;
     table3)
-      reproduce table3 "$runs" --table=3 --beyond=3
+      reproduce table3 "$runs" --table=3
       ;;
     bfloat16)
       reproduce bfloat16 "$runs/bfloat16" --table=3 \
@@ -87,7 +86,7 @@ for name in ${*:-benchmark table3 bfloat16 table1 table5 table2 mnist}; do
       ;;
     mnist)
       reproduce mnist "$runs" --table=6,7 --discussion=1,2,3 \
-        --figure=3,5,6,10,8,7 --beyond=1,4,5
+        --figure=3,5,6,10,8,7 --beyond=1,3
       ;;
     *)
       echo "no step $name: see the head of this file." >&2
