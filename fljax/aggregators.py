@@ -107,7 +107,7 @@ def left_out(clients: int, share: float) -> int:
 
   Args:
     clients: how many report.
-    share: of them, on each side, in [0, 0.5).
+    share: of them, on each side, in [0, 0.5].
 
   Returns:
     `ceil(share · clients)`, or fewer, so that at least one remains.
@@ -120,11 +120,11 @@ def trimmed_mean(share: float = 0.2) -> Aggregator:
 
   As long as attackers are no more than what is left out on a side, every
   parameter's update lies between two honest ones, whatever they send; what is
-  not a number counts as infinite. Benign clients of few labels are extreme
-  too, so it costs some of what they learn.
+  not a number counts as infinite. Benign clients of few labels are extreme as
+  well, so it costs some of what they learn.
 
   Args:
-    share: of the cohort, on each side, in [0, 0.5), see `left_out`.
+    share: of the cohort, on each side, in [0, 0.5], see `left_out`.
 
   Returns:
     The aggregator; it needs all updates at once.

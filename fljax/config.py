@@ -411,8 +411,8 @@ class Config:
   fine_tune_aggregation: str = _setting(
     "same",
     "How the updates of fine-tuning are aggregated; 'same' is as in training."
-    " With trimmed_mean or median, a minority of attackers cannot teach the"
-    " model its backdoor again.",
+    " With trimmed_mean or median, a minority of attackers can hardly teach"
+    " the model its backdoor again.",
     choices=("same", *aggregators.AGGREGATORS),
     cleansing=True,
   )

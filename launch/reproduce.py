@@ -160,8 +160,8 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
       found[f"--{kind}={text}"] = artefact
   if not found:
     raise errors.ConfigError(
-      "nothing to make: give --table, --figure, --discussion or --all, and"
-      " pairs that are in them."
+      "nothing to make: give --table, --figure, --discussion, --beyond or"
+      " --all, and pairs that are in them."
     )
   return found
 

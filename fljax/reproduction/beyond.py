@@ -29,7 +29,7 @@ _MEAN = ("FP+AW+FT", "fp+aw+ft")
 _ROBUST = ("FP+AW+FT, trimmed", "fp+aw+ft")
 _NOTE = (
   "All: the paper's process. FP+AW+FT: adjusting before fine-tuning, down to"
-  " the accuracy in brackets below that of the pruned model; trimmed: the"
+  " {:g} points below the pruned model's accuracy; trimmed: the"
   " updates of fine-tuning are aggregated by the trimmed mean of each"
   " parameter, a fifth of the clients left out on each side. Order and depth"
   " were found on calibration seeds with AA on the screen; every other setting"
@@ -85,7 +85,7 @@ def _robust_tuning(
   return Table(
     f"beyond-{number}",
     f"Beyond the paper: robust fine-tuning, {name}",
-    f"{_NOTE} [{100 * _DEEP[base.dataset]:g} points]",
+    _NOTE.format(100 * _DEEP[base.dataset]),
     _COLUMNS,
     tuple(
       Row(
