@@ -6,6 +6,7 @@ from absl import flags
 from conftest import ROOT
 
 from fljax import config
+from fljax.reproduction import catalogue
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,11 +24,11 @@ def test_every_flag_that_is_named_exists():
   named = set(re.findall(r"--([a-z_0-9]+)", README))
   assert len(named) > 15
   # These scripts' flags share names with those of runs.
-  own = {"flagfile", "helpfull"}
+  own = {"flagfile", "helpfull", *catalogue.KINDS}
   for name in ("reproduce.py", "calibrate.py"):
     script = (ROOT / "launch" / name).read_text(encoding="utf-8")
     own |= set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', script))
-  assert {"discussion", "variant"} <= own
+  assert {"seeds", "variant"} <= own
   assert named <= {*flags.FLAGS, *own}
 
 
