@@ -442,6 +442,48 @@ def self_limited(model: models.Model, delta: float) -> Attack:
   return Attack(local=local)
 
 
+def within_benign(spread: float) -> Attack:
+  """Attackers hide their updates among the benign ones.
+
+  Each parameter of an attacker's update is limited to μ ± z·σ of what the
+  benign clients of the round send, coordinate by coordinate: a rule that
+  leaves out the extreme (`aggregators.trimmed_mean`) finds nothing extreme.
+  Attackers are granted the benign updates, the most that they could know.
+  Where nobody is benign, nothing changes.
+
+  Args:
+    spread: z, in standard deviations; 0 sends the benign mean.
+
+  Returns:
+    An attack on the updates.
+
+  References:
+    A Little Is Enough: Circumventing Defenses For Distributed Learning
+    (Baruch, Baruch, Goldberg), Section 3.3, on backdoors.
+  """
+
+  def updates(updates: Params, cohort: Federation, active: Array) -> Params:
+    del cohort
+    benign = (~active).astype(jnp.float32)
+    shares = benign / jnp.maximum(benign.sum(), 1)
+    hides = active & (~active).any()
+
+    def hide(leaf: Array) -> Array:
+      rows = (-1,) + (1,) * (leaf.ndim - 1)
+      share = shares.astype(leaf.dtype).reshape(rows)
+      mean = (leaf * share).sum(axis=0, keepdims=True)
+      # Relative to the mean, as E[x²] − μ² would lose the digits of small σ.
+      away = leaf - mean
+      variance = (away * away * share).sum(axis=0, keepdims=True)
+      reach = spread * jnp.sqrt(variance)
+      hidden = mean + jnp.clip(away, -reach, reach)
+      return jnp.where(hides.reshape(rows), hidden, leaf)
+
+    return jax.tree.map(hide, updates)
+
+  return Attack(updates=updates, rowwise=False)
+
+
 # What attackers add to the backdoor itself when they report: the values of
 # --attacker_reports.
 REPORTS = {

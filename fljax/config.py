@@ -408,6 +408,15 @@ class Config:
     low=1,
     cleansing=True,
   )
+  fine_tune_stealth: float = _setting(
+    0.0,
+    "Standard deviations of the benign updates within whose mean attackers"
+    " keep each parameter of the updates that they send in fine-tuning, as in"
+    " A Little Is Enough; 0 does not.",
+    low=0,
+    high=1000,
+    cleansing=True,
+  )
   fine_tune_aggregation: str = _setting(
     "same",
     "How the updates of fine-tuning are aggregated; 'same' is as in training."
@@ -646,11 +655,17 @@ class Config:
     return self.final_learning_rate or self.learning_rate
 
   @property
-  def tuning_aggregation(self) -> str:
-    """How fine-tuning aggregates, by its name in `AGGREGATORS`."""
-    if self.fine_tune_aggregation == "same":
-      return self.aggregation
-    return self.fine_tune_aggregation
+  def tuning(self) -> dict[str, Any]:
+    """In what a round of fine-tuning differs from one of training.
+
+    Empty if in nothing that would take another program.
+    """
+    differs: dict[str, Any] = {}
+    if self.fine_tune_aggregation not in ("same", self.aggregation):
+      differs["aggregation"] = self.fine_tune_aggregation
+    if self.fine_tune_stealth and self.num_attackers:
+      differs["stealth"] = self.fine_tune_stealth
+    return differs
 
   @property
   def phases(self) -> tuple[str, ...]:

@@ -50,8 +50,8 @@ class Experiment(NamedTuple):
     attack: the attackers' hooks.
     aggregator: the server's rule.
     block: rounds of training as one program; it donates its state.
-    tuning_block: rounds of fine-tuning; the same one, unless fine-tuning
-      aggregates in another way.
+    tuning_block: rounds of fine-tuning; the same one, unless the server or
+      the attackers do something else there (`Config.tuning`).
     key: the random key of training.
     validation: the server's own images, or None.
     test: the whole test split, for TA.
@@ -196,15 +196,20 @@ def setup(
   block = (
     like.block if like else _block(config, model, attack, aggregator, plan)
   )
-  if config.tuning_aggregation == config.aggregation:
+  tuning = config.tuning
+  if not tuning:
     tuning_block = block
-  elif like and like.config.tuning_aggregation == config.tuning_aggregation:
+  elif like and like.config.tuning == tuning:
     tuning_block = like.tuning_block
   else:
     rule = aggregators.build(
-      config.tuning_aggregation, trim=config.aggregation_trim
+      tuning.get("aggregation", config.aggregation),
+      trim=config.aggregation_trim,
     )
-    tuning_block = _block(config, model, attack, rule, plan)
+    hidden = attack
+    if "stealth" in tuning:
+      hidden = attacks.chain(attack, attacks.within_benign(tuning["stealth"]))
+    tuning_block = _block(config, model, hidden, rule, plan)
   validation, stamped = None, None
   if len(held_out):
     validation = evaluate.batched(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fljax import aggregators
 from fljax import attacks
 from fljax import federation as federations
 from fljax import models
@@ -233,3 +234,49 @@ def test_a_self_limited_attacker_has_no_extreme_weight(model, delta):
   assert float(jnp.abs(after - mean).max()) <= float(reach) * (1 + 1e-6)
   inside = jnp.abs(before - mean) <= reach
   np.testing.assert_array_equal(after[inside], before[inside])
+
+
+@given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))
+def test_hidden_updates_lie_within_the_benign_ones(spread, attackers):
+  rng = np.random.default_rng(attackers)
+  sent = {
+    "w": rng.normal(5, 1e-2, (5, 3, 2)).astype(np.float32),
+    "b": rng.normal(0, 1, (5,)).astype(np.float32),
+  }
+  active = np.arange(5) < attackers
+  for leaf in sent.values():
+    leaf[active] *= 10
+  attack = attacks.within_benign(spread)
+  assert not attack.rowwise
+  federation, _ = make_federation(clients=5, attackers=0)
+  received = attack.updates(sent, federation, jnp.asarray(active))
+  for name, leaf in sent.items():
+    got, benign = np.asarray(received[name]), leaf[~active]
+    np.testing.assert_array_equal(got[~active], benign)
+    if not len(benign):
+      np.testing.assert_array_equal(got, leaf)
+      continue
+    mean = benign.mean(axis=0, dtype=np.float64)
+    reach = spread * benign.std(axis=0, dtype=np.float64)
+    expected = np.clip(leaf[active], mean - reach, mean + reach)
+    np.testing.assert_allclose(got[active], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trimmed_mean_finds_nothing_to_leave_out_of_hidden_updates():
+  # One attacker of ten, amplified: it counts for nothing, and hidden it does.
+  benign = np.random.default_rng(0).normal(size=(9, 400)).astype(np.float32)
+  sent = {"w": jnp.asarray(np.concatenate([np.full((1, 400), 99.0), benign]))}
+  active = jnp.arange(10) == 0
+  rule = aggregators.trimmed_mean(0.2)
+
+  def mean(updates):
+    weights = jnp.ones(10)
+    return rule.update(updates, weights, rule.init(sent))[0]["w"]
+
+  federation, _ = make_federation(attackers=0)
+  hidden = attacks.within_benign(0.5).updates(sent, federation, active)
+  extreme = {"w": sent["w"].at[0].set(1e9)}
+  np.testing.assert_array_equal(mean(sent), mean(extreme))
+  # Within half a standard deviation an update mostly stays in the middle.
+  changed = {"w": hidden["w"].at[0].add(-0.1)}
+  assert (mean(hidden) != mean(changed)).mean() > 0.5

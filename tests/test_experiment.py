@@ -178,6 +178,8 @@ def test_fine_tuning_may_aggregate_in_its_own_way(config):
   assert again.tuning_block is made.tuning_block
   back = experiment.setup(config, like=made)
   assert back.tuning_block is back.block
+  hiding = experiment.setup(_with(robust, fine_tune_stealth=1.0), like=made)
+  assert hiding.tuning_block is not made.tuning_block
 
   experiment.run(config, quiet=True)
   experiment.run(robust, quiet=True)
@@ -224,6 +226,7 @@ def test_the_same_config_gives_the_same_bits(config):
     {"cleanse": "nc-oracle", "nc_steps": 2, "validation_size": 0},
     {"local_steps": 2, "final_learning_rate": 0.01},
     {"fine_tune_learning_rate": 0.02, "fine_tune_gamma": 2.0},
+    {"fine_tune_stealth": 1.0, "fine_tune_aggregation": "trimmed_mean"},
     {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},
   ],
   ids=lambda changes: ",".join(changes),

@@ -129,6 +129,18 @@ def beyond_3(bases: Bases) -> Table:
     "self-limited, Δ = 2": {"attacker_limit": 2.0},
     "fine-tuning at γ = 4": {"fine_tune_gamma": 4.0},
     "fine-tuning at γ = 10": {"fine_tune_gamma": 10.0},
+    **{
+      f"γ = 10, within {spread:g} σ": {
+        "fine_tune_gamma": 10.0,
+        "fine_tune_stealth": spread,
+      }
+      for spread in (2.0, 1.0, 0.5)
+    },
+    # As in Figure 8, where all ten attackers need images of the victim label.
+    **{
+      f"{count} attackers": {"num_attackers": count, "samples_per_client": 1500}
+      for count in (2, 3, 4)
+    },
   }
 
   def withstands(values: np.ndarray) -> tuple[str, str]:
@@ -145,7 +157,11 @@ def beyond_3(bases: Bases) -> Table:
     "Beyond the paper: attackers who know the defence, MNIST",
     "Attackers promote the backdoor's neurons in their reports, limit their"
     " last convolution to μ ± Δσ, in training as in fine-tuning (Section VI-B),"
-    " or amplify in fine-tuning as well.",
+    " amplify in fine-tuning as well, or do so and keep each parameter of what"
+    " they send there within so many standard deviations of the benign"
+    " updates, which they are granted to know (A Little Is Enough). Or they are"
+    " several of ten, of 1,500 images each; the trim leaves out two on each"
+    " side.",
     _COLUMNS,
     tuple(
       Row(label, _cells(plan.changed(base, **changes)), (None,) * len(_COLUMNS))
