@@ -66,6 +66,12 @@ _PAIRS = flags.DEFINE_list(
   "Only experiments of these pairs of victim and attack label, as in 9:0,4:9;"
   " empty: all. Averages are then those of the pairs.",
 )
+_DATASETS = flags.DEFINE_list(
+  "datasets",
+  [],
+  f"Only experiments on these data sets, of {', '.join(_FLAGFILES)}; empty: all"
+  " that can be had. Those on cifar10 are for accelerators.",
+)
 _SEEDS = flags.DEFINE_list(
   "seeds", ["0"], "Seeds; all cells of the first one are run first."
 )
@@ -135,9 +141,30 @@ def parse_pair(text: str) -> tuple[int, int]:
   return int(labels[0]), int(labels[1])
 
 
+def limits() -> str:
+  """--pairs and --datasets, as they were given."""
+  return "".join(
+    f" --{flag.name}={','.join(flag.value)}"
+    for flag in (_PAIRS, _DATASETS)
+    if flag.value
+  )
+
+
 def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
   """What was asked for, by flag and number."""
   pairs = [parse_pair(text) for text in _PAIRS.value]
+  for name in _DATASETS.value:
+    if name not in base:
+      raise errors.ConfigError(
+        f"--datasets={name}: choose some of {', '.join(base)}."
+      )
+
+  def belongs(config: configs.Config) -> bool:
+    pair = config.victim_label, config.target_label
+    return (not pairs or pair in pairs) and (
+      not _DATASETS.value or config.dataset in _DATASETS.value
+    )
+
   found: dict[str, plan.Table | plan.Figure] = {}
   for kind, flag in _WANTED.items():
     known = catalogue.KINDS[kind]
@@ -148,12 +175,11 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
           f"--{kind}={text}: there is no such {kind} here; choose"
           f" some of {_numbers([*known])}."
         )
-      whole = known[int(text)](base)
-      artefact = plan.only(whole, pairs) if pairs else whole
+      artefact = plan.only(known[int(text)](base), belongs)
       if artefact is None:
         print(
           f"--{kind}={text}: left out, none of its experiments is of"
-          f" --pairs={','.join(_PAIRS.value)}.",
+          f"{limits()}.",
           file=sys.stderr,
         )
         continue
@@ -161,7 +187,7 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
   if not found:
     raise errors.ConfigError(
       "nothing to make: give --table, --figure, --discussion, --beyond or"
-      " --all, and pairs that are in them."
+      " --all, and pairs and data sets that are in them."
     )
   return found
 
@@ -252,10 +278,8 @@ def write(
           failures[label, variant, seed] = reason
     whole = (
       f"python launch/reproduce.py {command}"
-      f" --seeds={','.join(map(str, seeds))}"
+      f" --seeds={','.join(map(str, seeds))}{limits()}"
     )
-    if _PAIRS.value:
-      whole += f" --pairs={','.join(_PAIRS.value)}"
     whole += "".join(
       f" --override={shlex.quote(text)}" for text in _OVERRIDE.value
     )

@@ -63,20 +63,22 @@ def test_what_has_not_been_run_is_shown_as_such(tmp_path):
   assert not (tmp_path / "trained").exists()
 
 
-def test_some_pairs_alone(tmp_path):
+def test_some_pairs_and_data_sets_alone(tmp_path):
   process = reproduce(
     tmp_path,
-    "--table=5,2",
+    "--table=5,2,4",
     "--pairs=1:9,3:9",
+    "--datasets=mnist",
     "--norun",
     "--out",
     str(tmp_path),
   )
   assert process.returncode == 0, process.stderr
   text = (tmp_path / "table-5.md").read_text()
-  assert " --pairs=1:9,3:9 --override" in text
+  assert " --pairs=1:9,3:9 --datasets=mnist --override" in text
   assert "| 1 → 9 |" in text and "| 9 → 0 |" not in text
   assert not (tmp_path / "table-2.md").exists()
+  assert "| CIFAR-10 |" not in (tmp_path / "table-4.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_some_pairs_alone(tmp_path):
     (["table=1"], "unexpected argument 'table=1'"),
     (["--table=1", "--pairs=9-0"], "--pairs=9-0: give a victim"),
     (["--table=2", "--pairs=1:9"], "--table=2: left out, none"),
+    (
+      ["--table=4", "--datasets=svhn"],
+      "--datasets=svhn: choose some of mnist,",
+    ),
   ],
   ids=lambda value: str(value) if isinstance(value, list) else "",
 )

@@ -170,25 +170,21 @@ class Figure(NamedTuple):
 
 
 def only(
-  artefact: Table | Figure, pairs: Sequence[paper.Pair]
+  artefact: Table | Figure, wanted: Callable[[Config], bool]
 ) -> Table | Figure | None:
-  """What is left of a table or figure with these pairs alone.
+  """What is left of a table or figure with some experiments alone.
 
   Args:
     artefact: what it is.
-    pairs: victim label and attack label of the experiments that are kept.
+    wanted: whether an experiment of these settings is kept.
 
   Returns:
-    The rows, or curves, and experiments of those pairs; None if there are none.
+    The rows, or curves, and experiments that are kept; None if there are none.
     Figures that show triggers, which no experiment stands behind, are whole.
   """
 
   def kept(cells: dict[str, Cell]) -> dict[str, Cell]:
-    return {
-      label: cell
-      for label, cell in cells.items()
-      if (cell.config.victim_label, cell.config.target_label) in pairs
-    }
+    return {label: cell for label, cell in cells.items() if wanted(cell.config)}
 
   if isinstance(artefact, Table):
     rows = [row._replace(cells=kept(row.cells)) for row in artefact.rows]

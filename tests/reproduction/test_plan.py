@@ -108,6 +108,9 @@ def test_a_pruning_aware_attacker_avoids_what_was_pruned():
 def test_some_pairs_are_a_part_of_all(make):
   """Every experiment is in exactly one part, under its own label."""
 
+  def of(pair):
+    return lambda config: (config.victim_label, config.target_label) == pair
+
   def cells(artefact):
     if isinstance(artefact, plan.Table):
       return {
@@ -119,11 +122,11 @@ def test_some_pairs_are_a_part_of_all(make):
 
   whole = make(BASES)
   if getattr(whole, "kind", "") == "triggers":
-    assert plan.only(whole, [(9, 0)]) == whole
+    assert plan.only(whole, of((9, 0))) == whole
     return
-  parts = [plan.only(whole, [pair]) for pair in paper.PAIRS]
+  parts = [plan.only(whole, of(pair)) for pair in paper.PAIRS]
   # Nobody attacks a label with itself.
-  assert plan.only(whole, [(9, 9)]) is None
+  assert plan.only(whole, of((9, 9))) is None
   parts = [cells(part) for part in parts if part is not None]
   assert sum(map(len, parts)) == len(cells(whole))
   assert {key: value for part in parts for key, value in part.items()} == cells(
