@@ -459,7 +459,7 @@ def within_benign(spread: float) -> Attack:
 
   References:
     A Little Is Enough: Circumventing Defenses For Distributed Learning
-    (Baruch, Baruch, Goldberg), Section 3.3, on backdoors.
+    (Baruch, Baruch, Goldberg), on backdoors.
   """
 
   def updates(updates: Params, cohort: Federation, active: Array) -> Params:

@@ -410,9 +410,9 @@ class Config:
   )
   fine_tune_stealth: float = _setting(
     0.0,
-    "Standard deviations of the benign updates within whose mean attackers"
-    " keep each parameter of the updates that they send in fine-tuning, as in"
-    " A Little Is Enough; 0 does not.",
+    "Standard deviations from the benign updates' mean within which attackers"
+    " keep each parameter of what they send in fine-tuning, as in A Little Is"
+    " Enough; 0 sets no limit.",
     low=0,
     high=1000,
     cleansing=True,
