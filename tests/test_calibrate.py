@@ -40,6 +40,7 @@ def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
   variants = ("adjusting_drop=0.5", gentle)
   arguments = [f"--variant={text}" for text in variants]
   arguments += ["--pairs=9:1", "--rounds=12", "--samples_per_client=400"]
+  arguments += ["--delta_step=1"]
   process = calibrate(tmp_path, *arguments)
   assert process.returncode == 0, process.stderr
   assert len(list((tmp_path / "trained").iterdir())) == 1
