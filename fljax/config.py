@@ -420,7 +420,7 @@ class Config:
   fine_tune_aggregation: str = _setting(
     "same",
     "How the updates of fine-tuning are aggregated; 'same' is as in training."
-    " With trimmed_mean or median, a minority of attackers can hardly teach"
+    " With trimmed_mean or median, one or two attackers of ten hardly teach"
     " the model its backdoor again.",
     choices=("same", *aggregators.AGGREGATORS),
     cleansing=True,

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from fljax import attacks
 from fljax import config as configs
 from fljax import errors
 from fljax import experiment
@@ -178,8 +179,6 @@ def test_fine_tuning_may_aggregate_in_its_own_way(config):
   assert again.tuning_block is made.tuning_block
   back = experiment.setup(config, like=made)
   assert back.tuning_block is back.block
-  hiding = experiment.setup(_with(robust, fine_tune_stealth=1.0), like=made)
-  assert hiding.tuning_block is not made.tuning_block
 
   experiment.run(config, quiet=True)
   experiment.run(robust, quiet=True)
@@ -193,6 +192,28 @@ def test_fine_tuning_may_aggregate_in_its_own_way(config):
     for state in (tuned, robust_tuned)
   ]
   assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
+
+
+def test_attackers_hide_in_fine_tuning_alone(config, monkeypatch):
+  hidden = []
+
+  def within_benign(spread):
+    def updates(updates, cohort, active):
+      del cohort, active
+      hidden.append(spread)
+      return updates
+
+    return attacks.Attack(updates=updates, rowwise=False)
+
+  monkeypatch.setattr(attacks, "within_benign", within_benign)
+  hiding = experiment.setup(_with(config, fine_tune_stealth=1.5))
+  for block, expected in ((hiding.block, []), (hiding.tuning_block, [1.5])):
+    state = hiding.init_state()
+    jax.eval_shape(block, state, hiding.federation, hiding.key, 1, {})
+    assert sorted(set(hidden)) == expected
+  nobody = _with(config, fine_tune_stealth=1.5, num_attackers=0)
+  made = experiment.setup(nobody)
+  assert made.tuning_block is made.block
 
 
 def test_the_same_config_gives_the_same_bits(config):

@@ -2,8 +2,9 @@
 
 Fine-tuning trains with everybody, so it gives the attackers their backdoor
 back, and adjusting afterwards has to take it away again. With a trimmed mean
-of the updates a minority of attackers teaches nothing. So adjusting may come
-first and go far deeper: fine-tuning restores the accuracy, and that alone.
+of the updates, attackers who are no more than it leaves out hardly teach
+anything. So adjusting may come first and go far deeper: fine-tuning restores
+the accuracy, and little else.
 """
 
 from __future__ import annotations
