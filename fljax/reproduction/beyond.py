@@ -4,11 +4,14 @@ Fine-tuning trains with everybody, so it gives the attackers their backdoor
 back, and adjusting afterwards has to take it away again. With a trimmed mean
 of the updates, attackers who are no more than it leaves out hardly teach
 anything. So adjusting may come first and go far deeper: fine-tuning restores
-the accuracy, and little else.
+the accuracy, and little else. What was not pruned has more accuracy to give
+before its backdoor is gone, so pruning may be left out, and the clients'
+reports with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,30 +28,37 @@ from fljax.reproduction.plan import Table
 # By how much adjusting may lower the accuracy before it is restored: on
 # calibration seeds, see BUILD_NOTES.md.
 _DEEP = {"mnist": 0.05, "fashion_mnist": 0.2}
-_PHASES = "fp,aw,ft"
 _MEAN = ("FP+AW+FT", "fp+aw+ft")
 _ROBUST = ("FP+AW+FT, trimmed", "fp+aw+ft")
+_UNPRUNED = ("AW+FT, trimmed", "aw+ft")
 _NOTE = (
   "All: the paper's process. FP+AW+FT: adjusting before fine-tuning, down to"
-  " {:g} points below the pruned model's accuracy; trimmed: the"
-  " updates of fine-tuning are aggregated by the trimmed mean of each"
-  " parameter, a fifth of the clients left out on each side. Order and depth"
-  " were found on calibration seeds with AA on the screen; every other setting"
-  " is the flagfile's. Published numbers are those of the paper's process."
+  " {:g} points below the pruned model's accuracy; AW+FT: below the trained"
+  " model's; trimmed: the updates of fine-tuning are aggregated by the trimmed"
+  " mean of each parameter, a fifth of the clients left out on each side. Order"
+  " and depth were found on calibration seeds with AA on the screen; every"
+  " other setting is the flagfile's. Published numbers are those of the paper's"
+  " process."
 )
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(_MEAN, variant="mean"),
   *plan.accuracies(_ROBUST, variant="robust"),
+  *plan.accuracies(_UNPRUNED, variant="unpruned"),
 )
 
 
 def _cells(config: Config, rule: str = "trimmed_mean") -> dict[str, Cell]:
   deep = plan.changed(
-    config, cleanse=_PHASES, adjusting_drop=_DEEP[config.dataset]
+    config, cleanse="fp,aw,ft", adjusting_drop=_DEEP[config.dataset]
   )
   robust = plan.changed(deep, fine_tune_aggregation=rule)
-  return {"paper": Cell(config), "mean": Cell(deep), "robust": Cell(robust)}
+  return {
+    "paper": Cell(config),
+    "mean": Cell(deep),
+    "robust": Cell(robust),
+    "unpruned": Cell(plan.changed(robust, cleanse="aw,ft")),
+  }
 
 
 def _ends(values: np.ndarray, name: str) -> dict[str, float]:
@@ -56,7 +66,7 @@ def _ends(values: np.ndarray, name: str) -> dict[str, float]:
   place = plan.places(_COLUMNS)
   return {
     group: plan.mean(values, place[group, name])
-    for group, _ in (plan.ALL, _MEAN, _ROBUST)
+    for group, _ in (plan.ALL, _MEAN, _ROBUST, _UNPRUNED)
   }
 
 
@@ -73,15 +83,17 @@ def _robust_tuning(
 ) -> Table:
   """A row per pair; the paper's numbers end with those of All."""
 
-  def better(values: np.ndarray) -> tuple[str, str]:
-    accuracy, success = _ends(values, "TA"), _ends(values, "AA")
-    whole, robust = plan.ALL[0], _ROBUST[0]
-    return (
-      plan.verdict(
-        accuracy[robust] >= accuracy[whole], success[robust] <= success[whole]
-      ),
-      _told(values),
-    )
+  def no_worse(way: str, other: str) -> Callable[[np.ndarray], tuple[str, str]]:
+    def judged(values: np.ndarray) -> tuple[str, str]:
+      accuracy, success = _ends(values, "TA"), _ends(values, "AA")
+      return (
+        plan.verdict(
+          accuracy[way] >= accuracy[other], success[way] <= success[other]
+        ),
+        _told(values),
+      )
+
+    return judged
 
   return Table(
     f"beyond-{number}",
@@ -100,7 +112,12 @@ def _robust_tuning(
       (
         "Deep adjusting and then tuning by a trimmed mean ends with no less"
         " accuracy, and no more of the backdoor, than the paper's process.",
-        better,
+        no_worse(_ROBUST[0], plan.ALL[0]),
+      ),
+      (
+        "Without pruning it ends with no less accuracy, and no more of the"
+        " backdoor, than with it.",
+        no_worse(_UNPRUNED[0], _ROBUST[0]),
       ),
     ),
   )
@@ -152,23 +169,22 @@ def beyond_3(bases: Bases) -> Table:
 
   def withstands(values: np.ndarray) -> tuple[str, str]:
     success = _ends(values[single], "AA")
+    robust = [success[_ROBUST[0]], success[_UNPRUNED[0]]]
     return (
-      plan.verdict(
-        success[_ROBUST[0]] < 10, success[_ROBUST[0]] < success["All"]
-      ),
+      plan.verdict(max(robust) < 10, max(robust) < success[plan.ALL[0]]),
       f"under attack: {_told(values[single])}",
     )
 
   def outnumbered(values: np.ndarray) -> tuple[str, str]:
-    place = plan.places(_COLUMNS)[_ROBUST[0], "AA"]
     success = {
-      label: plan.mean(values[row], place)
+      label: [_ends(values[[row]], "AA")[k] for k in (_ROBUST[0], _UNPRUNED[0])]
       for row, label in enumerate(rows)
       if row >= single.stop
     }
     return (
-      plan.verdict(*(value < 10 for value in success.values())),
-      "AA: " + ", ".join(f"{k} {v:.1f}" for k, v in success.items()),
+      plan.verdict(*(max(both) < 10 for both in success.values())),
+      "AA with and without pruning: "
+      + ", ".join(f"{k} {a:.1f} and {b:.1f}" for k, (a, b) in success.items()),
     )
 
   return Table(
