@@ -230,6 +230,12 @@ class Config:
   weight_decay: float = _setting(
     0.0, "Weight decay of local SGD, on all parameters.", low=0
   )
+  gradient_clip: float = _setting(
+    0.0,
+    "Largest L2 norm of the gradient of a local step, over all parameters;"
+    " longer ones are scaled down to it. 0 sets no limit.",
+    low=0,
+  )
   last_conv_l2: float = _setting(
     0.0,
     "λ of the penalty (λ/2)·Σw² on the last convolution's kernel alone"

@@ -341,7 +341,8 @@ class Driver:
     self.save_training(last_good)
     return errors.DivergedError(
       f"training became not finite in round {bad_round}: lower"
-      " --learning_rate or --gamma. The last good checkpoint, of round"
+      " --learning_rate or --gamma, or limit gradients by --gradient_clip=1."
+      " The last good checkpoint, of round"
       f" {int(last_good.round)}, is in"
       f" {self.workdir.path / workdirs.CHECKPOINTS}."
     )
@@ -493,7 +494,8 @@ class Driver:
     if tuned.bad_round:
       raise errors.DivergedError(
         f"fine-tuning became not finite in its round {tuned.rounds}: lower"
-        " --learning_rate or --fine_tune_gamma. The last good checkpoint, of"
+        " --learning_rate or --fine_tune_gamma, or limit gradients by"
+        " --gradient_clip=1. The last good checkpoint, of"
         f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
       )
     facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}

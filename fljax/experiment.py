@@ -321,11 +321,14 @@ def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-  """Local SGD with momentum and weight decay."""
-  sgd = optax.sgd(config.learning_rate, momentum=config.momentum or None)
-  if not config.weight_decay:
-    return sgd
-  return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd)
+  """Local SGD: clipped gradients, weight decay, momentum."""
+  steps = []
+  if config.gradient_clip:
+    steps.append(optax.clip_by_global_norm(config.gradient_clip))
+  if config.weight_decay:
+    steps.append(optax.add_decayed_weights(config.weight_decay))
+  steps.append(optax.sgd(config.learning_rate, config.momentum or None))
+  return optax.chain(*steps)
 
 
 def schedule(config: Config) -> Callable[[Array], Array] | None:

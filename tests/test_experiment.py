@@ -16,7 +16,10 @@ from conftest import TINY
 from conftest import TINY_SETTINGS
 from conftest import make_images
 from conftest import write_images
+from hypothesis import given
+from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -226,13 +229,30 @@ def test_the_same_config_gives_the_same_bits(config):
   assert _final(other)[1] != _final(config)[1]
 
 
+@given(scale=st.floats(1e-3, 1e3), clip=st.floats(0.1, 10))
+def test_clipped_gradients_keep_their_direction(scale, clip):
+  config = configs.Config(gradient_clip=clip)
+  gradients = {"a": scale * jnp.arange(3.0), "b": scale * jnp.ones((2, 2))}
+  length = 3 * scale
+  clipped = experiment.optimizer(config)
+  steps, _ = clipped.update(gradients, clipped.init(gradients), gradients)
+  factor = -config.learning_rate * min(1, clip / length)
+  expected = jax.tree.map(lambda leaf: factor * leaf, gradients)
+  chex.assert_trees_all_close(steps, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   "changes",
   [
     {"partition": "iid"},
     {"partition": "dirichlet", "aggregation": "weighted"},
     {"clients_per_round": 2, "gamma": 1.5},
-    {"momentum": 0.5, "weight_decay": 1e-3, "last_conv_l2": 0.01},
+    {
+      "momentum": 0.5,
+      "weight_decay": 1e-3,
+      "last_conv_l2": 0.01,
+      "gradient_clip": 1.0,
+    },
     {"num_attackers": 2, "trigger": "pixel1", "attack_start": 3},
     {"num_attackers": 0},
     {"validation_size": 0},
