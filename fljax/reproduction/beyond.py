@@ -176,8 +176,10 @@ def beyond_3(bases: Bases) -> Table:
     )
 
   def outnumbered(values: np.ndarray) -> tuple[str, str]:
+    place = plan.places(_COLUMNS)
+    columns = [place[group, "AA"] for group, _ in (_ROBUST, _UNPRUNED)]
     success = {
-      label: [_ends(values[[row]], "AA")[k] for k in (_ROBUST[0], _UNPRUNED[0])]
+      label: [plan.mean(values[row], column) for column in columns]
       for row, label in enumerate(rows)
       if row >= single.stop
     }
@@ -190,7 +192,8 @@ def beyond_3(bases: Bases) -> Table:
   return Table(
     "beyond-3",
     "Beyond the paper: attackers who know the defence, MNIST",
-    "Attackers promote the backdoor's neurons in their reports, limit their"
+    "Attackers promote the backdoor's neurons in their reports (which nobody"
+    " asks for where nothing is pruned), limit their"
     " last convolution to μ ± Δσ, in training as in fine-tuning (Section VI-B),"
     " amplify in fine-tuning as well, or do so and keep each parameter of what"
     " they send there within so many standard deviations of the benign"
