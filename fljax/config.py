@@ -31,6 +31,8 @@ RETURNING = ("ft", "aw")
 # Defences to compare with; the server uses its own validation images.
 # The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
+# A value of --pruning that needs no report.
+EXTREMES = "extremes"
 _LARGEST = 2**31 - 1
 
 
@@ -353,8 +355,10 @@ class Config:
   )
   pruning: str = _setting(
     "mvp",
-    "Federated pruning by rank aggregation (rap) or majority voting (mvp).",
-    choices=tuple(pruning.SCORES),
+    "Which neurons fp prunes first: those least active by rank aggregation"
+    " (rap) or majority voting (mvp); or, beyond the paper, those with the"
+    " most extreme weight (extremes), for which no client reports anything.",
+    choices=(*pruning.SCORES, EXTREMES),
     cleansing=True,
   )
   pruning_rate: float = _setting(

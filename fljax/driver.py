@@ -38,6 +38,7 @@ from fljax.baselines import phases
 from fljax.cleanse import pipeline
 from fljax.cleanse import pruning
 from fljax.cleanse import reports
+from fljax.cleanse import weights
 
 if TYPE_CHECKING:
   from fljax.experiment import Experiment
@@ -405,33 +406,35 @@ class Driver:
     return shown
 
   def _prune(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
-    """Federated pruning (FP)."""
-    experiment, config, model = (
-      self.experiment,
-      self.config,
-      self.experiment.model,
-    )
-    activations = functools.partial(
-      reports.client_activations, model, state.params
-    )
-    means = populations.ask_clients(activations, experiment.federation)
-    triggered = None
-    if experiment.attack.wants_triggered:
-      triggered = populations.ask_clients(
-        lambda clients: activations(federations.poisoned_only(clients)),
-        experiment.federation,
+    """Pruning (FP): federated, or by what the server sees in the weights."""
+    config, model = self.config, self.experiment.model
+    accuracies = self._curves().pruning
+    limits: dict[str, Any] = {
+      "max_drop": config.pruning_drop,
+      "drop_of": config.pruning_drop_of,
+    }
+    if config.pruning == configs.EXTREMES:
+      kernel = models.target_kernel(model, state.params)
+      extremeness = weights.extremeness(
+        kernel,
+        *weights.statistics(
+          kernel, state.neuron_mask, config.weight_statistics
+        ),
       )
-    means = self._reported(means, kind="activations", triggered=triggered)
-    pruned = pipeline.prune(
-      model,
-      state.params,
-      means,
-      self._curves().pruning,
-      method=config.pruning,
-      rate=config.pruning_rate,
-      max_drop=config.pruning_drop,
-      drop_of=config.pruning_drop_of,
-    )
+      order = pruning.pruning_order(extremeness)
+      pruned = pipeline.prune_along(
+        model, state.params, order, accuracies, **limits
+      )
+    else:
+      pruned = pipeline.prune(
+        model,
+        state.params,
+        self._reported_activations(state),
+        accuracies,
+        method=config.pruning,
+        rate=config.pruning_rate,
+        **limits,
+      )
 
     def curve() -> Iterator[dict[str, Any]]:
       order = jnp.asarray(pruned.order)
@@ -456,6 +459,21 @@ class Driver:
       ACCURACY_BEFORE: float(pruned.accuracies[0]),
     }
     return after, facts, curve
+
+  def _reported_activations(self, state: Any) -> Any:
+    """What clients say of their neurons, as it reaches the server."""
+    experiment = self.experiment
+    activations = functools.partial(
+      reports.client_activations, experiment.model, state.params
+    )
+    means = populations.ask_clients(activations, experiment.federation)
+    triggered = None
+    if experiment.attack.wants_triggered:
+      triggered = populations.ask_clients(
+        lambda clients: activations(federations.poisoned_only(clients)),
+        experiment.federation,
+      )
+    return self._reported(means, kind="activations", triggered=triggered)
 
   def _fine_tune(
     self, name: str, state: Any

@@ -28,6 +28,7 @@ from fljax import config as configs
 from fljax import errors
 from fljax import experiment
 from fljax import models
+from fljax import population as populations
 from fljax import workdir as workdirs
 
 
@@ -258,6 +259,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"validation_size": 0},
     {"validation_size": 0, "attacker_reports": "stop_pruning"},
     {"pruning": "rap", "weight_statistics": "all", "delta_start": 10.0},
+    {"pruning": "extremes", "validation_size": 0},
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
     {"attacker_reports": "promote", "attacker_limit": 2.0},
     {"attacker_avoids": "0,3", "num_attackers": 2},
@@ -283,6 +285,22 @@ def test_every_way_of_running_ends_well(config, changes):
   assert all(
     (value is None) == (changes.get("num_attackers") == 0) for value in success
   )
+
+
+def test_extremes_are_pruned_without_asking_anybody(config, monkeypatch):
+  def asked(*_):
+    raise AssertionError("a client was asked")
+
+  monkeypatch.setattr(populations, "ask_clients", asked)
+  config = _with(config, pruning="extremes", cleanse="fp", pruning_drop=1.0)
+  results = experiment.run(config, quiet=True)
+  pruned = results["phases"][-1]
+  assert pruned["name"] == "fp"
+  assert pruned["pruned_neurons"] == pruned["neurons"]
+  _, lines, state = _final(config)
+  assert not np.any(state.neuron_mask)
+  neurons = [line["neuron"] for line in lines if line["phase"] == "fp"]
+  assert sorted(neurons[1:]) == list(range(pruned["neurons"]))
 
 
 def test_baselines_alone_are_compared_on_the_trained_model(config):

@@ -176,6 +176,34 @@ def prune(
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
   """
   order = pruning.pruning_order(pruning.SCORES[method](means, rate))
+  return prune_along(
+    model, params, order, accuracies, max_drop=max_drop, drop_of=drop_of
+  )
+
+
+def prune_along(
+  model: models.Model,
+  params: models.Params,
+  order: Array,
+  accuracies: PruningAccuracies,
+  *,
+  max_drop: float = 0.01,
+  drop_of: str = "total",
+) -> Pruned:
+  """Prunes as many neurons of an order as the accuracy allows.
+
+  Args:
+    model: the network.
+    params: the trained global model.
+    order: int32 [neurons], who goes first; `weights.extremeness` gives one
+      that needs no client, by `pruning.pruning_order`.
+    accuracies: see `Curves`.
+    max_drop: see `prune`.
+    drop_of: see `prune`.
+
+  Returns:
+    The pruned model and how it came about.
+  """
   curve = np.asarray(accuracies(params, order), np.float64)
   count = selection.pruning_count(curve, max_drop, drop_of)
   mask = pruning.mask_without_first(order, count)

@@ -49,6 +49,26 @@ def statistics(
 STATISTICS = ("surviving", "all")
 
 
+def extremeness(kernel: Array, mean: Array, std: Array) -> Array:
+  """How far out the most extreme weight of each neuron is.
+
+  A neuron that tells a trigger from clean images may hold extreme weights of
+  both signs, and those of one sign keep it quiet on clean images. Zeroing these
+  alone (`zero_extremes`) lets it speak there; without the whole neuron,
+  neither is left.
+
+  Args:
+    kernel: [..., neurons].
+    mean: μ, scalar.
+    std: σ, scalar.
+
+  Returns:
+    [neurons], the largest |w − μ|/σ; 0 if σ is 0.
+  """
+  distance = jnp.abs(kernel - mean).max(axis=tuple(range(kernel.ndim - 1)))
+  return jnp.where(std > 0, distance / jnp.where(std > 0, std, 1), 0)
+
+
 def zero_extremes(
   kernel: Array,
   mean: Array | float,

@@ -13,8 +13,10 @@ from fljax import evaluate
 from fljax import models
 from fljax import rounds
 from fljax.cleanse import pipeline
+from fljax.cleanse import pruning
 from fljax.cleanse import reports
 from fljax.cleanse import selection
+from fljax.cleanse import weights
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,30 @@ def test_pruning_goes_as_far_as_the_floor_allows(
     models.mask_neurons(model, pruned.params, pruned.neuron_mask),
     pruned.params,
   )
+
+
+def test_of_a_neuron_with_extreme_weights_nothing_is_left(model, trained):
+  params, _, validation = trained
+  kernel = models.target_kernel(model, params)
+  far = 30 * float(kernel.std())
+  # A trigger's weight, and the brake that is not to go alone.
+  kernel = kernel.at[0, 0, 0, 3].set(far).at[1, 1, 0, 3].set(-1.1 * far)
+  params = models.with_target_kernel(model, params, kernel)
+  mean, std = weights.statistics(
+    kernel, jnp.ones(model.neurons, bool), "surviving"
+  )
+  pruned = pipeline.prune_along(
+    model,
+    params,
+    pruning.pruning_order(weights.extremeness(kernel, mean, std)),
+    pipeline.validation_curves(model, validation).pruning,
+    max_drop=1.0,
+  )
+  assert pruned.order[0] == 3
+  assert sorted(pruned.order) == list(range(model.neurons))
+  assert pruned.num_pruned == model.neurons
+  left = models.target_kernel(model, pruned.params)
+  assert not np.any(np.asarray(left)[..., 3])
 
 
 @pytest.mark.parametrize("statistics_over", ["surviving", "all"])

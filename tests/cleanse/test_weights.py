@@ -89,6 +89,28 @@ def test_statistics_of_nothing_are_zero():
   assert float(mean) == float(std) == 0
 
 
+@given(seed=SEEDS, delta=st.floats(0.1, 4))
+def test_a_neuron_is_as_extreme_as_the_threshold_that_spares_it(seed, delta):
+  kernel = _kernel(seed)
+  mean, std = weights.statistics(kernel, jnp.ones(5, bool), "all")
+  adjusted = weights.zero_extremes(kernel, mean, std, delta)
+  touched = np.asarray((adjusted != kernel).any(axis=(0, 1, 2)))
+  extremeness = np.asarray(weights.extremeness(kernel, mean, std))
+  certain = abs(extremeness - delta) > 1e-4  # Else rounding decides.
+  np.testing.assert_array_equal(
+    (extremeness > delta)[certain], touched[certain]
+  )
+
+
+def test_without_deviation_no_neuron_is_extreme():
+  kernel = jnp.ones((3, 3, 2, 5))
+  mean, std = weights.statistics(kernel, jnp.ones(5, bool), "all")
+  assert float(std) == 0
+  chex.assert_trees_all_equal(
+    weights.extremeness(kernel, mean, std), jnp.zeros(5)
+  )
+
+
 @given(start=st.floats(0.5, 20), step=st.sampled_from([0.1, 0.25, 1.0]))
 def test_thresholds_fall_evenly_and_stay_positive(start, step):
   steps = weights.delta_steps(start, step)
