@@ -2,6 +2,6 @@
 
 statistics (`reports`) -> scores -> order -> mask (`pruning`) -> params;
 `selection` chooses how far to go, `weights` zeroes extreme weights, and
-`pipeline` puts the steps together for one model. Nothing here knows what
-attack was run.
+`pipeline` puts the steps together for one model. Scores may come from the
+weights as well (`weights.extremeness`). Nothing here knows what attack was run.
 """

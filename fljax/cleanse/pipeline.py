@@ -126,7 +126,7 @@ def reported_curves(
 
 
 class Pruned(NamedTuple):
-  """Outcome of federated pruning.
+  """Outcome of pruning.
 
   Attributes:
     params: the pruned model.

@@ -1,4 +1,4 @@
-"""Adjusting extreme weights: those beyond μ ± Δσ become zero."""
+"""Extreme weights: those beyond μ ± Δσ become zero; whose neuron has them."""
 
 from __future__ import annotations
 
