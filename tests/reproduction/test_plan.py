@@ -88,6 +88,33 @@ def test_nothing_but_its_subject_differs_from_the_flagfile():
           assert getattr(cell.config, name) == getattr(base, name)
 
 
+@pytest.mark.parametrize("make", catalogue.BEYOND.values())
+def test_other_ways_of_cleansing_begin_with_the_same_model(make):
+  """What is compared is cleansing, and each trained model serves all of it."""
+  for row in make(BASES).rows:
+    configs_of = [cell.config for cell in row.cells.values()]
+    assert all(one.training() == configs_of[0].training() for one in configs_of)
+    assert len(set(configs_of)) == len(configs_of)
+
+
+def test_pruning_by_extremes_withstands_limits_only_if_every_row_does():
+  table = catalogue.BEYOND[3](BASES)
+  (judged,) = (f for text, f in table.statements if "limit their" in text)
+  place = plan.places(table.columns)["FP by extremes", "AA"]
+  values = np.full((len(table.rows), 1, len(table.columns)), np.nan)
+  with pytest.raises(ValueError, match="No result"):
+    judged(values)
+  limited = [i for i, row in enumerate(table.rows) if "limited" in row.label]
+  values[limited, 0, place] = 9.9, 10.0, 3.0
+  assert judged(values) == (
+    "seen partly",
+    "AA: self-limited, Δ = 4 9.9, self-limited, Δ = 3 10.0, self-limited, Δ = 2"
+    " 3.0",
+  )
+  values[limited, 0, place] = 9.9
+  assert judged(values)[0] == "seen"
+
+
 def test_a_pruning_aware_attacker_avoids_what_was_pruned():
   table = discussion.discussion_2(BASES)
   cell = table.rows[1].cells["main"]
