@@ -104,7 +104,7 @@ class Driver:
 
   Attributes:
     experiment: the experiment.
-    workdir: its folder, claimed.
+    workdir: its folder, opened under its identity.
     console: where it is told.
     state: the server's state, from `restore` on.
     seconds: spent in training so far.
@@ -132,13 +132,13 @@ class Driver:
   # --- the course of the run -------------------------------------------------
 
   def restore(self) -> None:
-    """Takes up the newest checkpoint, or begins."""
+    """Claims the folder, takes up the newest checkpoint, or begins."""
+    source, training = self.config.trained_in, self.config.training()
+    self.workdir.claim(self.experiment.data_sha256, source, training)
     self.state = self.experiment.init_state()
     restored = self.workdir.restore(self.state)
-    if restored is None and self.config.trained_in:
-      restored = self.workdir.adopt(
-        self.config.trained_in, self.config.training(), self.state
-      )
+    if restored is None and source:
+      restored = self.workdir.adopt(source, training, self.state)
     if restored is None:
       return
     loaded, progress = restored

@@ -444,7 +444,6 @@ def drive(
   Raises:
     errors.FljaxError: with one sentence for the user.
   """
-  workdir.claim(experiment.data_sha256)
   driver = driving.Driver(experiment, workdir, console, stop)
   driver.restore()
   return driver.finish()

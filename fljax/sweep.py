@@ -601,7 +601,6 @@ def _drivers(
     ready[name] = _to_host(experiment)
   drivers = {}
   for name, experiment in ready.items():
-    folders[name].claim(experiment.data_sha256)
     drivers[name] = driving.Driver(
       experiment,
       folders[name],

@@ -141,20 +141,47 @@ class Workdir:
         " is overwritten, choose another --workdir."
       )
 
-  def claim(self, data_sha256: str) -> None:
+  def claim(
+    self,
+    data_sha256: str,
+    trained_in: str = "",
+    training: dict[str, Any] | None = None,
+  ) -> None:
     """Makes the folder this run's, once everything about it is known good.
 
     Args:
       data_sha256: digest of the data; a run begun on other data is refused.
+      trained_in: the folder of the run whose trained model will be taken over
+        (`adopt`), if there is one.
+      training: the settings that the two must have in common.
 
     Raises:
-      errors.WorkdirError: the folder's run has other data, or the folder
-        cannot be written.
+      errors.WorkdirError: the folder's run has other data, that other run's
+        settings or data are others, or the folder cannot be written.
     """
     identity = {**self._identity, DATA_SHA256: data_sha256}
     self._compare(identity)
     if not (self.path / CONFIG).exists():
+      if trained_in:
+        self._compare_training(trained_in, training or {}, data_sha256)
       self.write_json(CONFIG, identity)
+
+  def _compare_training(
+    self, other: str, training: dict[str, Any], data_sha256: str
+  ) -> None:
+    """Refuses a trained model of other settings or data."""
+    config = Path(other).expanduser() / CONFIG
+    if not config.exists():
+      raise errors.WorkdirError(f"--trained_in={other} holds no run.")
+    wanted = {**json.loads(json.dumps(training)), DATA_SHA256: data_sha256}
+    there = {**self._defaults, **self._read_json(config)}
+    if differences := _differences(
+      {key: there[key] for key in wanted if key in there}, wanted
+    ):
+      raise errors.WorkdirError(
+        f"--trained_in={other} holds a model that was trained otherwise"
+        f" ({differences})."
+      )
 
   def close(self) -> None:
     """Releases the folder."""
@@ -349,18 +376,9 @@ class Workdir:
       errors.CheckpointError: its checkpoint is damaged.
     """
     source = Path(other).expanduser()
-    if not (source / CONFIG).exists():
-      raise errors.WorkdirError(f"--trained_in={other} holds no run.")
-    wanted = json.loads(json.dumps(training))
-    wanted[DATA_SHA256] = self._read_json(self.path / CONFIG)[DATA_SHA256]
-    there = {**self._defaults, **self._read_json(source / CONFIG)}
-    if differences := _differences(
-      {key: there[key] for key in wanted if key in there}, wanted
-    ):
-      raise errors.WorkdirError(
-        f"--trained_in={other} holds a model that was trained otherwise"
-        f" ({differences})."
-      )
+    self._compare_training(
+      other, training, self._read_json(self.path / CONFIG)[DATA_SHA256]
+    )
     for _, path in list_checkpoints(source):
       progress = read_progress(path)
       if progress.complete and len(progress.phases) == 1:
@@ -423,9 +441,16 @@ class Shared:
     if self._own is not None:
       self._own.close()
 
-  def claim(self, data_sha256: str) -> None:
+  def claim(
+    self,
+    data_sha256: str,
+    trained_in: str = "",
+    training: dict[str, Any] | None = None,
+  ) -> None:
     """See `Workdir.claim`."""
-    parallel.on_first(lambda: self._own.claim(data_sha256))
+    parallel.on_first(
+      lambda: self._own.claim(data_sha256, trained_in, training)
+    )
 
   def results(self) -> dict[str, Any] | None:
     """See `Workdir.results`."""

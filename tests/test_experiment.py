@@ -372,13 +372,31 @@ def test_a_trained_model_of_something_else_is_refused(config, tmp_path):
   )
   with pytest.raises(errors.WorkdirError, match="seed: 0 there, 1 here"):
     experiment.run(_with(taking, seed=1), quiet=True)
-  taking = _with(taking, workdir=str(tmp_path / "taking2"))
+  # The folder is still free for the same command, mended.
   with pytest.raises(errors.WorkdirError, match="holds no run"):
     experiment.run(_with(taking, trained_in=str(tmp_path)), quiet=True)
   for checkpoint in (Path(config.workdir) / "checkpoints").iterdir():
     shutil.rmtree(checkpoint)
   with pytest.raises(errors.WorkdirError, match="not ended its training"):
     experiment.run(taking, quiet=True)
+
+
+def test_a_folder_is_free_after_a_model_of_other_data_was_refused(
+  config, tmp_path
+):
+  trained = _with(config, cleanse="")
+  experiment.run(trained, quiet=True)
+  taking = _with(
+    config, workdir=str(tmp_path / "taking"), trained_in=config.workdir
+  )
+  record = Path(config.workdir) / "config.json"
+  text = record.read_text()
+  sha256 = json.loads(text)["data_sha256"]
+  record.write_text(text.replace(sha256, "0"))
+  with pytest.raises(errors.WorkdirError, match=r"otherwise .*data_sha256"):
+    experiment.run(taking, quiet=True)
+  record.write_text(text)
+  assert experiment.run(taking, quiet=True)["phases"]
 
 
 # --- interruptions -----------------------------------------------------------
