@@ -442,6 +442,33 @@ def self_limited(model: models.Model, delta: float) -> Attack:
   return Attack(local=local)
 
 
+def gain_limited(model: models.Model, times: float) -> Attack:
+  """Attackers keep their neurons' gains from standing out.
+
+  After each local step the positive weights at each place of the target
+  convolution's kernel are scaled down until their sum is within a multiple of
+  the median neuron's gain (`cleanse.weights.gains`).
+
+  Args:
+    model: the network.
+    times: the multiple.
+
+  Returns:
+    An attack on local training.
+  """
+
+  def local(params: Params) -> Params:
+    kernel = models.target_kernel(model, params)
+    sums = jnp.maximum(kernel, 0).sum(axis=-2, keepdims=True)
+    most = times * jnp.median(sums.max(axis=(0, 1, 2)))
+    scale = jnp.minimum(1, most / jnp.where(sums > 0, sums, 1))
+    return models.with_target_kernel(
+      model, params, jnp.where(kernel > 0, scale * kernel, kernel)
+    )
+
+  return Attack(local=local)
+
+
 def within_benign(spread: float) -> Attack:
   """Attackers hide their updates among the benign ones.
 

@@ -32,7 +32,7 @@ RETURNING = ("ft", "aw")
 # The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
 # A value of --pruning that needs no report.
-EXTREMES = "extremes"
+GAIN = "gain"
 _LARGEST = 2**31 - 1
 
 
@@ -335,6 +335,14 @@ class Config:
     low=0,
     high=1000,
   )
+  attacker_gain: float = _setting(
+    0.0,
+    "Attackers keep, after each local step, what a single cell can raise a"
+    " neuron of the last convolution by within so many times the median"
+    " neuron's, so that --pruning=gain finds nothing; 0 does not.",
+    low=0,
+    high=1000,
+  )
   attack_images: str = _setting(
     "victim",
     "What attack success is measured on: stamped test images of the victim"
@@ -356,9 +364,10 @@ class Config:
   pruning: str = _setting(
     "mvp",
     "Which neurons fp prunes first: those least active by rank aggregation"
-    " (rap) or majority voting (mvp); or, beyond the paper, those with the"
-    " most extreme weight (extremes), for which no client reports anything.",
-    choices=(*pruning.SCORES, EXTREMES),
+    " (rap) or majority voting (mvp); or, beyond the paper, those that"
+    " a single cell of their input can raise most, by the weights alone (gain),"
+    " for which no client reports anything.",
+    choices=(*pruning.SCORES, GAIN),
     cleansing=True,
   )
   pruning_rate: float = _setting(

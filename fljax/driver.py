@@ -413,15 +413,9 @@ class Driver:
       "max_drop": config.pruning_drop,
       "drop_of": config.pruning_drop_of,
     }
-    if config.pruning == configs.EXTREMES:
-      kernel = models.target_kernel(model, state.params)
-      extremeness = weights.extremeness(
-        kernel,
-        *weights.statistics(
-          kernel, state.neuron_mask, config.weight_statistics
-        ),
-      )
-      order = pruning.pruning_order(extremeness)
+    if config.pruning == configs.GAIN:
+      gains = weights.gains(models.target_kernel(model, state.params))
+      order = pruning.pruning_order(gains)
       pruned = pipeline.prune_along(
         model, state.params, order, accuracies, **limits
       )

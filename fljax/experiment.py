@@ -317,6 +317,8 @@ def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
       ) from error
   if config.attacker_limit:
     adaptive.append(attacks.self_limited(model, config.attacker_limit))
+  if config.attacker_gain:
+    adaptive.append(attacks.gain_limited(model, config.attacker_gain))
   return adaptive
 
 

@@ -15,6 +15,7 @@ from fljax import aggregators
 from fljax import attacks
 from fljax import federation as federations
 from fljax import models
+from fljax.cleanse import weights
 
 
 def make_backdoor(fraction):
@@ -234,6 +235,26 @@ def test_a_self_limited_attacker_has_no_extreme_weight(model, delta):
   assert float(jnp.abs(after - mean).max()) <= float(reach) * (1 + 1e-6)
   inside = jnp.abs(before - mean) <= reach
   np.testing.assert_array_equal(after[inside], before[inside])
+
+
+@given(times=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(model, times):
+  state = make_state(model)
+  before = models.target_kernel(model, state.params)
+  after = models.target_kernel(
+    model, attacks.gain_limited(model, times).local(state.params)
+  )
+  gains = weights.gains(before)
+  most = times * float(jnp.median(gains))
+  assert float(weights.gains(after).max()) <= most * (1 + 1e-5)
+  # Nothing else is touched, and no more than has to be.
+  np.testing.assert_array_equal(after[before <= 0], before[before <= 0])
+  inside = jnp.maximum(before, 0).sum(axis=2, keepdims=True) <= most
+  kept = jnp.broadcast_to(inside, before.shape)
+  np.testing.assert_array_equal(after[kept], before[kept])
+  np.testing.assert_allclose(
+    weights.gains(after), jnp.minimum(gains, most), rtol=1e-5
+  )
 
 
 @given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))

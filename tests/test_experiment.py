@@ -259,7 +259,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"validation_size": 0},
     {"validation_size": 0, "attacker_reports": "stop_pruning"},
     {"pruning": "rap", "weight_statistics": "all", "delta_start": 10.0},
-    {"pruning": "extremes", "validation_size": 0},
+    {"pruning": "gain", "validation_size": 0, "attacker_gain": 1.0},
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
     {"attacker_reports": "promote", "attacker_limit": 2.0},
     {"attacker_avoids": "0,3", "num_attackers": 2},
@@ -287,12 +287,12 @@ def test_every_way_of_running_ends_well(config, changes):
   )
 
 
-def test_extremes_are_pruned_without_asking_anybody(config, monkeypatch):
+def test_by_gain_neurons_are_pruned_without_asking_anybody(config, monkeypatch):
   def asked(*_):
     raise AssertionError("a client was asked")
 
   monkeypatch.setattr(populations, "ask_clients", asked)
-  config = _with(config, pruning="extremes", cleanse="fp", pruning_drop=1.0)
+  config = _with(config, pruning="gain", cleanse="fp", pruning_drop=1.0)
   results = experiment.run(config, quiet=True)
   pruned = results["phases"][-1]
   assert pruned["name"] == "fp"

@@ -195,8 +195,8 @@ def prune_along(
   Args:
     model: the network.
     params: the trained global model.
-    order: int32 [neurons], who goes first; `weights.extremeness` gives one
-      that needs no client, by `pruning.pruning_order`.
+    order: int32 [neurons], who goes first; `weights.gains` gives one that
+      needs no client, by `pruning.pruning_order`.
     accuracies: see `Curves`.
     max_drop: see `prune`.
     drop_of: see `prune`.

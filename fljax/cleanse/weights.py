@@ -49,24 +49,27 @@ def statistics(
 STATISTICS = ("surviving", "all")
 
 
-def extremeness(kernel: Array, mean: Array, std: Array) -> Array:
-  """How far out the most extreme weight of each neuron is.
+def gains(kernel: Array) -> Array:
+  """How far a single cell of the input can raise each neuron.
 
-  A neuron that tells a trigger from clean images may hold extreme weights of
-  both signs, and those of one sign keep it quiet on clean images. Zeroing these
-  alone (`zero_extremes`) lets it speak there; without the whole neuron,
-  neither is left.
+  A trigger is small: what the last convolution sees of it is a cell or two of
+  its input, anything but negative after a ReLU. A neuron that answers to it
+  needs much positive weight at one place of the kernel, whatever each weight
+  is limited to; others gather theirs over the whole of what they look at.
 
   Args:
-    kernel: [..., neurons].
-    mean: μ, scalar.
-    std: σ, scalar.
+    kernel: [height, width, channels, neurons].
 
   Returns:
-    [neurons], the largest |w − μ|/σ; 0 if σ is 0.
+    [neurons], the largest of the sums of positive weights at one place: how
+    much the neuron rises, before its activation function, when one cell goes
+    from zeros to ones.
+
+  References:
+    Weights alone, by another norm and of whole kernels: Data-free Backdoor
+    Removal based on Channel Lipschitzness (Zheng et al., ECCV 2022).
   """
-  distance = jnp.abs(kernel - mean).max(axis=tuple(range(kernel.ndim - 1)))
-  return jnp.where(std > 0, distance / jnp.where(std > 0, std, 1), 0)
+  return jnp.maximum(kernel, 0).sum(axis=-2).max(axis=(0, 1))
 
 
 def zero_extremes(

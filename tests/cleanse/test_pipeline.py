@@ -58,20 +58,17 @@ def test_pruning_goes_as_far_as_the_floor_allows(
   )
 
 
-def test_of_a_neuron_with_extreme_weights_nothing_is_left(model, trained):
+def test_of_a_neuron_of_large_gain_nothing_is_left(model, trained):
   params, _, validation = trained
   kernel = models.target_kernel(model, params)
   far = 30 * float(kernel.std())
   # A trigger's weight, and the brake that is not to go alone.
   kernel = kernel.at[0, 0, 0, 3].set(far).at[1, 1, 0, 3].set(-1.1 * far)
   params = models.with_target_kernel(model, params, kernel)
-  mean, std = weights.statistics(
-    kernel, jnp.ones(model.neurons, bool), "surviving"
-  )
   pruned = pipeline.prune_along(
     model,
     params,
-    pruning.pruning_order(weights.extremeness(kernel, mean, std)),
+    pruning.pruning_order(weights.gains(kernel)),
     pipeline.validation_curves(model, validation).pruning,
     max_drop=1.0,
   )

@@ -3,6 +3,7 @@ from conftest import make_federation
 from conftest import make_images
 from hypothesis import given
 from hypothesis import strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,25 +90,29 @@ def test_statistics_of_nothing_are_zero():
   assert float(mean) == float(std) == 0
 
 
-@given(seed=SEEDS, delta=st.floats(0.1, 4))
-def test_a_neuron_is_as_extreme_as_the_threshold_that_spares_it(seed, delta):
+@given(seed=SEEDS)
+def test_no_cell_raises_a_neuron_by_more_than_its_gain(seed):
+  """Whatever lies in one cell, and as much if the right thing does."""
   kernel = _kernel(seed)
-  mean, std = weights.statistics(kernel, jnp.ones(5, bool), "all")
-  adjusted = weights.zero_extremes(kernel, mean, std, delta)
-  touched = np.asarray((adjusted != kernel).any(axis=(0, 1, 2)))
-  extremeness = np.asarray(weights.extremeness(kernel, mean, std))
-  certain = abs(extremeness - delta) > 1e-4  # Else rounding decides.
-  np.testing.assert_array_equal(
-    (extremeness > delta)[certain], touched[certain]
+  height, width, channels, neurons = kernel.shape
+  gains = np.asarray(weights.gains(kernel))
+  cells = np.random.default_rng(seed).random((20, 1, 1, channels))
+  # All that a neuron's best place lets through.
+  sums = np.maximum(np.asarray(kernel), 0).sum(axis=2).reshape(-1, neurons)
+  best = np.asarray(kernel).reshape(-1, channels, neurons)[
+    sums.argmax(axis=0), :, np.arange(neurons)
+  ]  # [neurons, channels]
+  cells = np.concatenate([cells, (best > 0)[:, None, None]])
+  images = np.pad(
+    cells, [(0, 0), (height - 1,) * 2, (width - 1,) * 2, (0, 0)]
+  ).astype(np.float32)
+  answers = jax.lax.conv_general_dilated(
+    images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
-
-
-def test_without_deviation_no_neuron_is_extreme():
-  kernel = jnp.ones((3, 3, 2, 5))
-  mean, std = weights.statistics(kernel, jnp.ones(5, bool), "all")
-  assert float(std) == 0
-  chex.assert_trees_all_equal(
-    weights.extremeness(kernel, mean, std), jnp.zeros(5)
+  raised = np.asarray(answers).max(axis=(1, 2))
+  assert (raised <= gains + 1e-5).all()
+  np.testing.assert_allclose(
+    np.diagonal(raised[-neurons:]), gains, rtol=1e-4, atol=1e-6
   )
 
 
