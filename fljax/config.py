@@ -365,8 +365,9 @@ class Config:
     "mvp",
     "Which neurons fp prunes first: those least active by rank aggregation"
     " (rap) or majority voting (mvp); or, beyond the paper, those that"
-    " a single cell of their input can raise most, by the weights alone (gain),"
-    " for which no client reports anything.",
+    " a single cell of their input can raise by far more than others, by the"
+    " weights alone (gain), for which no client reports anything and accuracy"
+    " decides nothing.",
     choices=(*pruning.SCORES, GAIN),
     cleansing=True,
   )
@@ -376,6 +377,14 @@ class Config:
     " hardly any or nearly all, votes tie and say nothing.",
     low=0.01,
     high=0.99,
+    cleansing=True,
+  )
+  pruning_outlier: float = _setting(
+    2.0,
+    "Anomaly index above which a neuron is pruned (gain only): so many robust"
+    " standard deviations above the median neuron.",
+    low=0,
+    high=1000,
     cleansing=True,
   )
   report_trim: float = _setting(

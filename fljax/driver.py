@@ -38,7 +38,6 @@ from fljax.baselines import phases
 from fljax.cleanse import pipeline
 from fljax.cleanse import pruning
 from fljax.cleanse import reports
-from fljax.cleanse import weights
 
 if TYPE_CHECKING:
   from fljax.experiment import Experiment
@@ -409,15 +408,9 @@ class Driver:
     """Pruning (FP): federated, or by what the server sees in the weights."""
     config, model = self.config, self.experiment.model
     accuracies = self._curves().pruning
-    limits: dict[str, Any] = {
-      "max_drop": config.pruning_drop,
-      "drop_of": config.pruning_drop_of,
-    }
     if config.pruning == configs.GAIN:
-      gains = weights.gains(models.target_kernel(model, state.params))
-      order = pruning.pruning_order(gains)
-      pruned = pipeline.prune_along(
-        model, state.params, order, accuracies, **limits
+      pruned = pipeline.prune_outliers(
+        model, state.params, accuracies, threshold=config.pruning_outlier
       )
     else:
       pruned = pipeline.prune(
@@ -427,7 +420,8 @@ class Driver:
         accuracies,
         method=config.pruning,
         rate=config.pruning_rate,
-        **limits,
+        max_drop=config.pruning_drop,
+        drop_of=config.pruning_drop_of,
       )
 
     def curve() -> Iterator[dict[str, Any]]:

@@ -50,9 +50,6 @@ Array = jax.Array
 # variables, which keeps arctanh finite at masks of 0 and 1.
 _EPSILON = 1e-7
 
-# Makes the median absolute deviation of normal samples their σ.
-_CONSISTENCY = 1.4826
-
 
 # --- triggers ----------------------------------------------------------------
 
@@ -562,14 +559,8 @@ class Outliers(NamedTuple):
 def outliers(norms: Array | np.ndarray, *, threshold: float = 2.0) -> Outliers:
   """Finds masks that are outlying in being small.
 
-  The anomaly index is |norm − median| / (1.4826 · MAD), MAD the median of
-  |norm − median|. It is invariant under scaling and shifting of all norms.
-
-  | norms                      | index                                      |
-  | -------------------------- | ------------------------------------------ |
-  | larger than the median     | whatever it is, not flagged                |
-  | MAD is 0                   | 0 at the median, infinity anywhere else    |
-  | NaN                        | left out of medians, not flagged           |
+  A norm that is larger than the median, or NaN, is not flagged, whatever its
+  index (`selection.anomaly_index`).
 
   Args:
     norms: [classes], L1 norms of the reversed masks.
@@ -582,15 +573,9 @@ def outliers(norms: Array | np.ndarray, *, threshold: float = 2.0) -> Outliers:
     The paper, Section IV, "Detect Backdoor via Outlier Detection".
   """
   norms = jnp.asarray(norms, jnp.float32)
-  median = jnp.nanmedian(norms)
-  away = jnp.abs(norms - median)
-  scale = _CONSISTENCY * jnp.nanmedian(away)
-  index = jnp.where(
-    scale > 0,
-    away / jnp.where(scale > 0, scale, 1),
-    jnp.where(away > 0, jnp.inf, 0),
-  )
-  return Outliers(index, (index > threshold) & (norms < median))
+  index = selection.anomaly_index(norms)
+  small = norms < jnp.nanmedian(norms)
+  return Outliers(index, (index > threshold) & small)
 
 
 # --- mitigation --------------------------------------------------------------

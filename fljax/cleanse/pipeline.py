@@ -176,36 +176,51 @@ def prune(
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
   """
   order = pruning.pruning_order(pruning.SCORES[method](means, rate))
-  return prune_along(
-    model, params, order, accuracies, max_drop=max_drop, drop_of=drop_of
-  )
+  curve = np.asarray(accuracies(params, order), np.float64)
+  count = selection.pruning_count(curve, max_drop, drop_of)
+  return _without_first(model, params, order, curve, count)
 
 
-def prune_along(
+def prune_outliers(
   model: models.Model,
   params: models.Params,
-  order: Array,
   accuracies: PruningAccuracies,
   *,
-  max_drop: float = 0.01,
-  drop_of: str = "total",
+  threshold: float = 2.0,
 ) -> Pruned:
-  """Prunes as many neurons of an order as the accuracy allows.
+  """Prunes the neurons whose gain stands out, by the weights alone.
+
+  Beyond the paper: no client reports anything, and accuracy decides nothing.
 
   Args:
     model: the network.
     params: the trained global model.
-    order: int32 [neurons], who goes first; `weights.gains` gives one that
-      needs no client, by `pruning.pruning_order`.
-    accuracies: see `Curves`.
-    max_drop: see `prune`.
-    drop_of: see `prune`.
+    accuracies: see `Curves`; for the record.
+    threshold: an anomaly index above it stands out, see
+      `selection.anomaly_index`.
 
   Returns:
     The pruned model and how it came about.
   """
-  curve = np.asarray(accuracies(params, order), np.float64)
-  count = selection.pruning_count(curve, max_drop, drop_of)
+  gains = weights.gains(models.target_kernel(model, params))
+  outlying = selection.anomaly_index(gains) > threshold
+  order = pruning.pruning_order(gains)
+  return _without_first(
+    model,
+    params,
+    order,
+    np.asarray(accuracies(params, order), np.float64),
+    int((outlying & (gains > jnp.median(gains))).sum()),
+  )
+
+
+def _without_first(
+  model: models.Model,
+  params: models.Params,
+  order: Array,
+  curve: np.ndarray,
+  count: int,
+) -> Pruned:
   mask = pruning.mask_without_first(order, count)
   return Pruned(
     params=models.mask_neurons(model, params, mask),

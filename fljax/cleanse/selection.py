@@ -1,4 +1,4 @@
-"""How far to go: rules that choose a step from accuracies alone.
+"""How far to go: rules that choose a step from accuracies or scores alone.
 
 Algorithm 1 tests the accuracy after a step is made; here the step that falls
 below the floor is undone, in pruning and in weight adjusting alike.
@@ -6,6 +6,8 @@ below the floor is undone, in pruning and in weight adjusting alike.
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fljax import aggregators
@@ -13,6 +15,8 @@ from fljax import aggregators
 # Accuracies are float32 shares of counted hits: less than one hit, more than
 # their rounding.
 TOLERANCE = 1e-6
+# Makes the median of distances a normal distribution's standard deviation.
+_CONSISTENCY = 1.4826
 
 
 def last_above(accuracies: np.ndarray, floor: float) -> int:
@@ -102,3 +106,33 @@ def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   clients = len(reports)
   out = aggregators.left_out(clients, share)
   return reports[out : clients - out].mean(axis=0)
+
+
+def anomaly_index(values: jax.Array | np.ndarray) -> jax.Array:
+  """How far each value lies from the median, in robust deviations.
+
+  |value − median| / (1.4826 · MAD), MAD the median of |value − median|. It is
+  invariant under scaling and shifting of all values; an index above 2 is an
+  outlier by the usual bound.
+
+  | values   | index                                   |
+  | -------- | --------------------------------------- |
+  | MAD is 0 | 0 at the median, infinity anywhere else |
+  | NaN      | NaN, and left out of medians            |
+
+  Args:
+    values: [values].
+
+  Returns:
+    float32 [values].
+
+  References:
+    Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural
+    Networks (Wang et al., 2019), Section IV, "Detect Backdoor via Outlier
+    Detection".
+  """
+  values = jnp.asarray(values, jnp.float32)
+  away = jnp.abs(values - jnp.nanmedian(values))
+  scale = _CONSISTENCY * jnp.nanmedian(away)
+  beyond = jnp.where(away > 0, jnp.inf, away)  # NaN stays NaN.
+  return jnp.where(scale > 0, away / jnp.where(scale > 0, scale, 1), beyond)

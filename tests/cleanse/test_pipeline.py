@@ -13,7 +13,6 @@ from fljax import evaluate
 from fljax import models
 from fljax import rounds
 from fljax.cleanse import pipeline
-from fljax.cleanse import pruning
 from fljax.cleanse import reports
 from fljax.cleanse import selection
 from fljax.cleanse import weights
@@ -58,25 +57,34 @@ def test_pruning_goes_as_far_as_the_floor_allows(
   )
 
 
-def test_of_a_neuron_of_large_gain_nothing_is_left(model, trained):
+def test_of_a_neuron_whose_gain_stands_out_nothing_is_left(model, trained):
   params, _, validation = trained
   kernel = models.target_kernel(model, params)
   far = 30 * float(kernel.std())
   # A trigger's weight, and the brake that is not to go alone.
   kernel = kernel.at[0, 0, 0, 3].set(far).at[1, 1, 0, 3].set(-1.1 * far)
   params = models.with_target_kernel(model, params, kernel)
-  pruned = pipeline.prune_along(
-    model,
-    params,
-    pruning.pruning_order(weights.gains(kernel)),
-    pipeline.validation_curves(model, validation).pruning,
-    max_drop=1.0,
-  )
-  assert pruned.order[0] == 3
-  assert sorted(pruned.order) == list(range(model.neurons))
-  assert pruned.num_pruned == model.neurons
-  left = models.target_kernel(model, pruned.params)
-  assert not np.any(np.asarray(left)[..., 3])
+
+  def pruned(threshold):
+    return pipeline.prune_outliers(
+      model,
+      params,
+      pipeline.validation_curves(model, validation).pruning,
+      threshold=threshold,
+    )
+
+  index = np.asarray(selection.anomaly_index(weights.gains(kernel)))
+  others = np.delete(index, 3).max()
+  only = pruned((others + index[3]) / 2)
+  assert only.num_pruned == 1 and only.order[0] == 3
+  assert sorted(only.order) == list(range(model.neurons))
+  assert not only.neuron_mask[3]
+  left = np.asarray(models.target_kernel(model, only.params))
+  assert not np.any(left[..., 3])
+  assert np.all(np.any(np.delete(left, 3, axis=-1) != 0, axis=(0, 1, 2)))
+  # Those of small gain stay, however far below the others they are.
+  assert pruned(0.0).num_pruned == model.neurons // 2
+  assert pruned(index[3]).num_pruned == 0
 
 
 @pytest.mark.parametrize("statistics_over", ["surviving", "all"])
