@@ -97,6 +97,8 @@ def detail(phase: dict[str, Any]) -> str:
     )
   if "pruned_neurons" in phase:
     parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
+  if "largest_anomaly" in phase:
+    parts.append(f"anomaly index up to {phase['largest_anomaly']:.1f}")
   if "fine_tune_rounds" in phase:
     ran, kept = phase["fine_tune_rounds"], phase.get("kept_round")
     undone = "" if kept in (None, ran) else f" of {ran}"

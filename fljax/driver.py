@@ -446,6 +446,8 @@ class Driver:
       "neurons": model.neurons,
       ACCURACY_BEFORE: float(pruned.accuracies[0]),
     }
+    if pruned.anomaly is not None and np.isfinite(pruned.anomaly):
+      facts["largest_anomaly"] = pruned.anomaly
     return after, facts, curve
 
   def _reported_activations(self, state: Any) -> Any:

@@ -175,11 +175,11 @@ def shown(records: Sequence[plan.Record]) -> dict[str, str]:
       if fact in phases[0]
     )
     if name == driver.TRAINING or _ORACLE.value:
-      success = [
-        one[plan.AA] if one[plan.AA] is not None else math.nan for one in phases
-      ]
-      text += f", AA {_percent(statistics.mean(success))}"
-      text += f" (worst {_percent(_worst(name, success))})"
+      # None where nobody attacks.
+      success = [one[plan.AA] for one in phases if one[plan.AA] is not None]
+      if success:
+        text += f", AA {_percent(statistics.mean(success))}"
+        text += f" (worst {_percent(_worst(name, success))})"
     if _ORACLE.value:
       text += f", TA {_percent(statistics.mean(p[plan.TA] for p in phases))}"
     columns[name] = text

@@ -79,6 +79,16 @@ def test_variants_share_a_model_and_aa_stays_hidden(tmp_path):
   assert all("AA" in row["fp"] and "TA" in row["fp"] for row in shown.values())
 
 
+def test_where_nobody_attacks_there_is_no_aa(tmp_path):
+  process = calibrate(
+    tmp_path, "--num_attackers=0", "--cleanse=fp", "--pruning=gain", "--oracle"
+  )
+  assert process.returncode == 0, process.stderr
+  (row,) = json.loads((tmp_path / "calibration-test.json").read_text()).values()
+  assert all("TA" in row[name] for name in ("training", "fp"))
+  assert "AA" not in process.stdout and "nan" not in process.stdout
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [

@@ -296,6 +296,7 @@ def test_by_gain_neurons_are_pruned_without_asking_anybody(config, monkeypatch):
   results = experiment.run(config, quiet=True)
   pruned = results["phases"][-1]
   assert pruned["name"] == "fp"
+  assert pruned["largest_anomaly"] > 0
   # All above the median.
   assert pruned["pruned_neurons"] == pruned["neurons"] // 2
   _, lines, state = _final(config)

@@ -134,6 +134,7 @@ class Pruned(NamedTuple):
     order: int [neurons], the pruning sequence.
     accuracies: float [neurons + 1], what the choice was based on.
     num_pruned: how many neurons were pruned.
+    anomaly: how far the gain of the first stands out, where gains decide.
   """
 
   params: models.Params
@@ -141,6 +142,7 @@ class Pruned(NamedTuple):
   order: np.ndarray
   accuracies: np.ndarray
   num_pruned: int
+  anomaly: float | None = None
 
 
 def prune(
@@ -203,15 +205,16 @@ def prune_outliers(
     The pruned model and how it came about.
   """
   gains = weights.gains(models.target_kernel(model, params))
-  outlying = selection.anomaly_index(gains) > threshold
+  index = selection.anomaly_index(gains)
   order = pruning.pruning_order(gains)
-  return _without_first(
+  pruned = _without_first(
     model,
     params,
     order,
     np.asarray(accuracies(params, order), np.float64),
-    int((outlying & (gains > jnp.median(gains))).sum()),
+    int(((index > threshold) & (gains > jnp.median(gains))).sum()),
   )
+  return pruned._replace(anomaly=float(index[order[0]]))
 
 
 def _without_first(

@@ -77,6 +77,7 @@ def test_of_a_neuron_whose_gain_stands_out_nothing_is_left(model, trained):
   others = np.delete(index, 3).max()
   only = pruned((others + index[3]) / 2)
   assert only.num_pruned == 1 and only.order[0] == 3
+  assert only.anomaly == pytest.approx(float(index[3]))
   assert sorted(only.order) == list(range(model.neurons))
   assert not only.neuron_mask[3]
   left = np.asarray(models.target_kernel(model, only.params))
