@@ -52,10 +52,11 @@ STATISTICS = ("surviving", "all")
 def gains(kernel: Array) -> Array:
   """How far a single cell of the input can raise each neuron.
 
-  A trigger is small: what the last convolution sees of it is a cell or two of
-  its input, anything but negative after a ReLU. A neuron that answers to it
-  needs much positive weight at one place of the kernel, whatever each weight
-  is limited to; others gather theirs over the whole of what they look at.
+  A trigger is small: what the last convolution of a shallow network sees of it
+  is a cell or two of its input, never negative after a ReLU. A neuron that
+  answers to it gathers positive weight at one place of its kernel, also where
+  each weight is limited; others spread theirs over all that they look at. Who
+  limits these sums (`attacks.gain_limited`) has to do with less.
 
   Args:
     kernel: [height, width, channels, neurons].

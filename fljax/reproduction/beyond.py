@@ -11,14 +11,15 @@ reports with it.
 Or whole neurons are pruned by what a single cell of their input can raise
 them by (`weights.gains`), for which nobody reports or trains. Weight by weight,
 adjusting may take those first that keep a backdoor's neuron silent on clean
-images, and attackers who limit their weights escape it; a trigger that is small
-needs neurons that a small thing can raise.
+images, and attackers who limit each weight escape it. They gather many at one
+place instead, where this finds them; those who limit that as well escape again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -182,9 +183,9 @@ def beyond_3(bases: Bases) -> Table:
   }
   for count in (2, 3, 4):
     # As in Figure 8, where all ten attackers need images of the victim label.
-    several = plan.changed(base, num_attackers=count, samples_per_client=1500)
-    rows[f"{count} attackers"] = _cells(several)
-    rows[f"{count} attackers, median"] = _cells(several, "median")
+    together = plan.changed(base, num_attackers=count, samples_per_client=1500)
+    rows[f"{count} attackers"] = _cells(together)
+    rows[f"{count} attackers, median"] = _cells(together, "median")
 
   single = slice(1, len(attacked))
 
@@ -196,34 +197,27 @@ def beyond_3(bases: Bases) -> Table:
       f"under attack: {_told(values[single])}",
     )
 
-  def withstands_limits(way: str) -> Callable[[np.ndarray], tuple[str, str]]:
+  several = range(single.stop, len(rows))
+  limited = [
+    row
+    for row, changes in enumerate(attacked.values())
+    if {"attacker_limit", "attacker_gain"} & {*changes}
+  ]
+
+  def leaves_little(
+    way: str, of: Sequence[int]
+  ) -> Callable[[np.ndarray], tuple[str, str]]:
     def judged(values: np.ndarray) -> tuple[str, str]:
       column = plan.places(_COLUMNS)[way, "AA"]
-      left = {
-        label: plan.mean(values[row], column)
-        for row, label in enumerate(attacked)
-        if {"attacker_limit", "attacker_gain"} & {*attacked[label]}
-      }
+      left = [plan.mean(values[row], column) for row in of]
+      labels = [list(rows)[row] for row in of]
       return (
-        plan.verdict(*(success < 10 for success in left.values())),
-        "AA: " + ", ".join(f"{k} {success:.1f}" for k, success in left.items()),
+        plan.verdict(*(success < 10 for success in left)),
+        "AA: "
+        + ", ".join(f"{k} {x:.1f}" for k, x in zip(labels, left, strict=True)),
       )
 
     return judged
-
-  def outnumbered(values: np.ndarray) -> tuple[str, str]:
-    place = plan.places(_COLUMNS)
-    columns = [place[group, "AA"] for group, _ in (_ROBUST, _UNPRUNED)]
-    success = {
-      label: [plan.mean(values[row], column) for column in columns]
-      for row, label in enumerate(rows)
-      if row >= single.stop
-    }
-    return (
-      plan.verdict(*(max(both) < 10 for both in success.values())),
-      "AA with and without pruning: "
-      + ", ".join(f"{k} {a:.1f} and {b:.1f}" for k, (a, b) in success.items()),
-    )
 
   return Table(
     "beyond-3",
@@ -249,15 +243,23 @@ def beyond_3(bases: Bases) -> Table:
         " fine-tuning, it does not win in a trimmed mean.",
         withstands,
       ),
-      ("It withstands several attackers as well.", outnumbered),
+      (
+        "Deep adjusting and then tuning by a trimmed mean withstands several"
+        " attackers as well.",
+        leaves_little(_UNPRUNED[0], several),
+      ),
+      (
+        "Pruning by gain withstands several attackers.",
+        leaves_little(_PRUNED[0], several),
+      ),
       (
         "Pruning by gain withstands attackers who limit their weights or"
         " gains.",
-        withstands_limits(_PRUNED[0]),
+        leaves_little(_PRUNED[0], limited),
       ),
       (
         "It does where deep adjusting and tuning by a trimmed mean follow.",
-        withstands_limits(_BOTH[0]),
+        leaves_little(_BOTH[0], limited),
       ),
     ),
   )
