@@ -132,7 +132,8 @@ class Pruned(NamedTuple):
     params: the pruned model.
     neuron_mask: bool [neurons], True for neurons that stay.
     order: int [neurons], the pruning sequence.
-    accuracies: float [neurons + 1], what the choice was based on.
+    accuracies: float [neurons + 1], what the choice was based on, or measured
+      for the record; [0] if nothing was measured.
     num_pruned: how many neurons were pruned.
     anomaly: how far the gain of the first stands out, where gains decide.
   """
@@ -186,7 +187,7 @@ def prune(
 def prune_outliers(
   model: models.Model,
   params: models.Params,
-  accuracies: PruningAccuracies,
+  accuracies: PruningAccuracies | None = None,
   *,
   threshold: float = 2.0,
 ) -> Pruned:
@@ -211,7 +212,7 @@ def prune_outliers(
     model,
     params,
     order,
-    np.asarray(accuracies(params, order), np.float64),
+    np.asarray(accuracies(params, order) if accuracies else [], np.float64),
     int(((index > threshold) & (gains > jnp.median(gains))).sum()),
   )
   return pruned._replace(anomaly=float(index[order[0]]))

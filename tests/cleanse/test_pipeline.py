@@ -83,6 +83,11 @@ def test_of_a_neuron_whose_gain_stands_out_nothing_is_left(model, trained):
   left = np.asarray(models.target_kernel(model, only.params))
   assert not np.any(left[..., 3])
   assert np.all(np.any(np.delete(left, 3, axis=-1) != 0, axis=(0, 1, 2)))
+  unmeasured = pipeline.prune_outliers(
+    model, params, threshold=(others + index[3]) / 2
+  )
+  assert unmeasured.accuracies.shape == (0,)
+  chex.assert_trees_all_equal(unmeasured.params, only.params)
   # Those of small gain stay, however far below the others they are.
   assert pruned(0.0).num_pruned == model.neurons // 2
   assert pruned(index[3]).num_pruned == 0
