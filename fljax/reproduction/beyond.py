@@ -55,11 +55,11 @@ _NOTE = (
 )
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
+  *plan.accuracies(_PRUNED, variant="gain"),
   *plan.accuracies(_UNPRUNED, variant="unpruned"),
+  *plan.accuracies(_BOTH, variant="both"),
   *plan.accuracies(_ROBUST, variant="robust"),
   *plan.accuracies(_MEAN, variant="mean"),
-  *plan.accuracies(_PRUNED, variant="gain"),
-  *plan.accuracies(_BOTH, variant="both"),
 )
 
 
@@ -83,7 +83,7 @@ def _ends(values: np.ndarray, name: str) -> dict[str, float]:
   place = plan.places(_COLUMNS)
   return {
     group: plan.mean(values, place[group, name])
-    for group, _ in (plan.ALL, _UNPRUNED, _ROBUST, _MEAN, _PRUNED, _BOTH)
+    for group, _ in (plan.ALL, _PRUNED, _UNPRUNED, _BOTH, _ROBUST, _MEAN)
   }
 
 
