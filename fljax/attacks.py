@@ -451,7 +451,7 @@ def gain_limited(model: models.Model, times: float) -> Attack:
 
   Args:
     model: the network.
-    times: the multiple.
+    times: the multiple; below 1 all gains would fall towards 0, step by step.
 
   Returns:
     An attack on local training.

@@ -339,7 +339,8 @@ class Config:
     0.0,
     "Attackers keep, after each local step, what a single cell can raise a"
     " neuron of the last convolution by within so many times the median"
-    " neuron's, so that --pruning=gain finds nothing; 0 does not.",
+    " neuron's, so that --pruning=gain does not find theirs; at least 1, or 0:"
+    " they do not.",
     low=0,
     high=1000,
   )
@@ -363,11 +364,11 @@ class Config:
   )
   pruning: str = _setting(
     "mvp",
-    "Which neurons fp prunes first: those least active by rank aggregation"
-    " (rap) or majority voting (mvp); or, beyond the paper, those that"
-    " a single cell of their input can raise by far more than others, by the"
-    " weights alone (gain), for which no client reports anything and accuracy"
-    " decides nothing.",
+    "Which neurons fp prunes: the least active ones by rank aggregation (rap)"
+    " or majority voting (mvp), as many as --pruning_drop allows; or, beyond"
+    " the paper, all those that a single cell of their input can raise by far"
+    " more than others, by the weights alone (gain), for which no client"
+    " reports anything and accuracy decides nothing.",
     choices=(*pruning.SCORES, GAIN),
     cleansing=True,
   )
@@ -397,7 +398,7 @@ class Config:
   )
   pruning_drop: float = _setting(
     0.025,
-    "Accuracy that pruning may cost, as a fraction.",
+    "Accuracy that pruning may cost, as a fraction (not with gain).",
     low=0,
     high=1,
     cleansing=True,
@@ -589,6 +590,12 @@ class Config:
       raise errors.ConfigError(
         f"--num_attackers={self.num_attackers} is more than"
         f" --num_clients={self.num_clients}."
+      )
+    if 0 < self.attacker_gain < 1:
+      # The median falls with every step.
+      raise errors.ConfigError(
+        f"--attacker_gain={self.attacker_gain:g} is out of range: it must be 0"
+        " or at least 1."
       )
     if self.clients_per_round > self.num_clients:
       raise errors.ConfigError(

@@ -130,14 +130,22 @@ class Driver:
 
   # --- the course of the run -------------------------------------------------
 
+  def claim(self) -> None:
+    """Makes the folder this run's; see `Workdir.claim`."""
+    self.workdir.claim(
+      self.experiment.data_sha256,
+      self.config.trained_in,
+      self.config.training(),
+    )
+
   def restore(self) -> None:
-    """Claims the folder, takes up the newest checkpoint, or begins."""
-    source, training = self.config.trained_in, self.config.training()
-    self.workdir.claim(self.experiment.data_sha256, source, training)
+    """Takes up the newest checkpoint of a claimed folder, or begins."""
     self.state = self.experiment.init_state()
     restored = self.workdir.restore(self.state)
-    if restored is None and source:
-      restored = self.workdir.adopt(source, training, self.state)
+    if restored is None and self.config.trained_in:
+      restored = self.workdir.adopt(
+        self.config.trained_in, self.config.training(), self.state
+      )
     if restored is None:
       return
     loaded, progress = restored
@@ -410,7 +418,12 @@ class Driver:
     accuracies = self._curves().pruning
     if config.pruning == configs.GAIN:
       pruned = pipeline.prune_outliers(
-        model, state.params, accuracies, threshold=config.pruning_outlier
+        model,
+        state.params,
+        # For the record; clients are not asked for that.
+        accuracies if self.experiment.validation is not None else None,
+        neuron_mask=state.neuron_mask,
+        threshold=config.pruning_outlier,
       )
     else:
       pruned = pipeline.prune(
@@ -432,20 +445,24 @@ class Driver:
         )
         for key, examples in self._shown().items()
       }
-      for step, accuracy in enumerate(pruned.accuracies):
+      measured = [float(accuracy) for accuracy in pruned.accuracies]
+      for step in range(model.neurons + 1):
         yield {
           "pruned_neurons": step,
           "neuron": int(pruned.order[step - 1]) if step else None,
-          "accuracy": float(accuracy),
+          "accuracy": measured[step] if measured else None,
           **{key: float(column[step]) for key, column in columns.items()},
         }
 
-    after = state.replace(params=pruned.params, neuron_mask=pruned.neuron_mask)
-    facts = {
+    after = state.replace(
+      params=pruned.params, neuron_mask=pruned.neuron_mask & state.neuron_mask
+    )
+    facts: dict[str, Any] = {
       "pruned_neurons": pruned.num_pruned,
       "neurons": model.neurons,
-      ACCURACY_BEFORE: float(pruned.accuracies[0]),
     }
+    if len(pruned.accuracies):
+      facts[ACCURACY_BEFORE] = float(pruned.accuracies[0])
     if pruned.anomaly is not None and np.isfinite(pruned.anomaly):
       facts["largest_anomaly"] = pruned.anomaly
     return after, facts, curve

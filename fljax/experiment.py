@@ -447,6 +447,7 @@ def drive(
     errors.FljaxError: with one sentence for the user.
   """
   driver = driving.Driver(experiment, workdir, console, stop)
+  driver.claim()
   driver.restore()
   return driver.finish()
 

@@ -81,7 +81,7 @@ def _draw(axes: Any, x: list[float], lines: list[Line], marker: str) -> None:
   for key, label, colour, style in (
     ("test_accuracy", "test accuracy (TA)", _TEST, "-"),
     ("attack_success", "attack success (AA)", _ATTACK, "-"),
-    ("accuracy", "accuracy that decides", _VALIDATION, "--"),
+    ("accuracy", "accuracy as the server knows it", _VALIDATION, "--"),
   ):
     values = [line.get(key) for line in lines]
     if any(value is not None for value in values):

@@ -608,6 +608,8 @@ def _drivers(
       stop,
     )
   for driver in drivers.values():
+    driver.claim()
+  for driver in drivers.values():
     driver.restore()
     if driver.experiment.mesh is None:
       driver.state = jax.device_get(driver.state)

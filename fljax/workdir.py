@@ -156,25 +156,25 @@ class Workdir:
       training: the settings that the two must have in common.
 
     Raises:
-      errors.WorkdirError: the folder's run has other data, that other run's
-        settings or data are others, or the folder cannot be written.
+      errors.WorkdirError: the folder's run has other data, the other run's
+        model cannot be taken over, or the folder cannot be written.
     """
     identity = {**self._identity, DATA_SHA256: data_sha256}
     self._compare(identity)
     if not (self.path / CONFIG).exists():
       if trained_in:
-        self._compare_training(trained_in, training or {}, data_sha256)
+        self._trained(trained_in, training or {}, data_sha256)
       self.write_json(CONFIG, identity)
 
-  def _compare_training(
+  def _trained(
     self, other: str, training: dict[str, Any], data_sha256: str
-  ) -> None:
-    """Refuses a trained model of other settings or data."""
-    config = Path(other).expanduser() / CONFIG
-    if not config.exists():
+  ) -> tuple[Path, Progress]:
+    """The checkpoint of another run's trained model, if it is the right one."""
+    source = Path(other).expanduser()
+    if not (source / CONFIG).exists():
       raise errors.WorkdirError(f"--trained_in={other} holds no run.")
     wanted = {**json.loads(json.dumps(training)), DATA_SHA256: data_sha256}
-    there = {**self._defaults, **self._read_json(config)}
+    there = {**self._defaults, **self._read_json(source / CONFIG)}
     if differences := _differences(
       {key: there[key] for key in wanted if key in there}, wanted
     ):
@@ -182,6 +182,13 @@ class Workdir:
         f"--trained_in={other} holds a model that was trained otherwise"
         f" ({differences})."
       )
+    for _, path in list_checkpoints(source):
+      progress = read_progress(path)
+      if progress.complete and len(progress.phases) == 1:
+        return path, progress
+    raise errors.WorkdirError(
+      f"the run in --trained_in={other} has not ended its training."
+    )
 
   def close(self) -> None:
     """Releases the folder."""
@@ -376,17 +383,8 @@ class Workdir:
       errors.CheckpointError: its checkpoint is damaged.
     """
     source = Path(other).expanduser()
-    self._compare_training(
-      other, training, self._read_json(self.path / CONFIG)[DATA_SHA256]
-    )
-    for _, path in list_checkpoints(source):
-      progress = read_progress(path)
-      if progress.complete and len(progress.phases) == 1:
-        break
-    else:
-      raise errors.WorkdirError(
-        f"the run in --trained_in={other} has not ended its training."
-      )
+    data_sha256 = self._read_json(self.path / CONFIG)[DATA_SHA256]
+    path, progress = self._trained(other, training, data_sha256)
     state = read_checkpoint(path, like)
     lines = _first_lines(
       source / METRICS, progress.metrics_lines, progress.metrics_sha256

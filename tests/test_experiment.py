@@ -287,12 +287,21 @@ def test_every_way_of_running_ends_well(config, changes):
   )
 
 
-def test_by_gain_neurons_are_pruned_without_asking_anybody(config, monkeypatch):
+@pytest.mark.parametrize("validation", [0, 100])
+def test_by_gain_neurons_are_pruned_without_asking_anybody(
+  config, monkeypatch, validation
+):
   def asked(*_):
     raise AssertionError("a client was asked")
 
   monkeypatch.setattr(populations, "ask_clients", asked)
-  config = _with(config, pruning="gain", cleanse="fp", pruning_outlier=0.0)
+  config = _with(
+    config,
+    pruning="gain",
+    cleanse="fp",
+    pruning_outlier=0.0,
+    validation_size=validation,
+  )
   results = experiment.run(config, quiet=True)
   pruned = results["phases"][-1]
   assert pruned["name"] == "fp"
@@ -301,8 +310,10 @@ def test_by_gain_neurons_are_pruned_without_asking_anybody(config, monkeypatch):
   assert pruned["pruned_neurons"] == pruned["neurons"] // 2
   _, lines, state = _final(config)
   assert (~state.neuron_mask).sum() == pruned["pruned_neurons"]
-  neurons = [line["neuron"] for line in lines if line["phase"] == "fp"]
+  curve = [line for line in lines if line["phase"] == "fp"]
+  neurons = [line["neuron"] for line in curve]
   assert sorted(neurons[1:]) == list(range(pruned["neurons"]))
+  assert all((line["accuracy"] is None) == (not validation) for line in curve)
 
 
 def test_baselines_alone_are_compared_on_the_trained_model(config):
@@ -381,6 +392,7 @@ def test_a_trained_model_of_something_else_is_refused(config, tmp_path):
     shutil.rmtree(checkpoint)
   with pytest.raises(errors.WorkdirError, match="not ended its training"):
     experiment.run(taking, quiet=True)
+  assert not (Path(taking.workdir) / "config.json").exists()
 
 
 def test_a_folder_is_free_after_a_model_of_other_data_was_refused(

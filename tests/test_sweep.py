@@ -427,6 +427,16 @@ def test_a_signal_saves_all_and_the_sweep_goes_on(folder, single, monkeypatch):
     _assert_same(_left(Path(found[name].workdir)), single(name))
 
 
+def test_a_trained_model_that_fits_one_of_them_begins_none(folder):
+  trained = _config(folder, "trained", rounds=1)
+  experiment.run(trained, quiet=True)
+  taking = _config(folder, "taking", rounds=1, trained_in=trained.workdir)
+  with pytest.raises(errors.WorkdirError, match="seed: 0 there, 1 here"):
+    sweep.run(sweep.expand(taking, "seed=0,1"), quiet=True)
+  left = [path for path in Path(taking.workdir).rglob("*") if path.is_file()]
+  assert {path.name for path in left} <= {".lock", "config.json"}
+
+
 def test_one_that_diverges_does_not_stop_the_others(
   folder, single, monkeypatch
 ):

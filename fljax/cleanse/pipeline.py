@@ -132,10 +132,11 @@ class Pruned(NamedTuple):
     params: the pruned model.
     neuron_mask: bool [neurons], True for neurons that stay.
     order: int [neurons], the pruning sequence.
-    accuracies: float [neurons + 1], what the choice was based on, or measured
-      for the record; [0] if nothing was measured.
+    accuracies: float [neurons + 1], what the choice was based on, or what was
+      measured for the record; empty if nothing was.
     num_pruned: how many neurons were pruned.
-    anomaly: how far the gain of the first stands out, where gains decide.
+    anomaly: where gains decide, the anomaly index of the first in the order;
+      not finite if most neurons are alike or none is alive.
   """
 
   params: models.Params
@@ -189,6 +190,7 @@ def prune_outliers(
   params: models.Params,
   accuracies: PruningAccuracies | None = None,
   *,
+  neuron_mask: Array | None = None,
   threshold: float = 2.0,
 ) -> Pruned:
   """Prunes the neurons whose gain stands out, by the weights alone.
@@ -198,24 +200,34 @@ def prune_outliers(
   Args:
     model: the network.
     params: the trained global model.
-    accuracies: see `Curves`; for the record.
+    accuracies: see `Curves`; for the record. None: nothing is measured.
+    neuron_mask: bool [neurons], False for neurons that are pruned already,
+      which count for nothing and stay pruned; None if none is.
     threshold: an anomaly index above it stands out, see
-      `selection.anomaly_index`.
+      `selection.anomaly_index`. Where most neurons are alike, so that the index
+      is infinite for all others, none does.
 
   Returns:
-    The pruned model and how it came about.
+    The pruned model and how it came about; those that are pruned already come
+    last in the order.
   """
   gains = weights.gains(models.target_kernel(model, params))
-  index = selection.anomaly_index(gains)
-  order = pruning.pruning_order(gains)
+  if neuron_mask is None:
+    neuron_mask = jnp.ones(len(gains), bool)
+  alive = jnp.where(neuron_mask, gains, jnp.nan)
+  index = selection.anomaly_index(alive)
+  outlying = (index > threshold) & jnp.isfinite(index)
+  order = pruning.pruning_order(jnp.where(neuron_mask, gains, -1))
   pruned = _without_first(
     model,
     params,
     order,
     np.asarray(accuracies(params, order) if accuracies else [], np.float64),
-    int(((index > threshold) & (gains > jnp.median(gains))).sum()),
+    int((outlying & (alive > jnp.nanmedian(alive))).sum()),
   )
-  return pruned._replace(anomaly=float(index[order[0]]))
+  return pruned._replace(
+    neuron_mask=pruned.neuron_mask & neuron_mask, anomaly=float(index[order[0]])
+  )
 
 
 def _without_first(

@@ -87,8 +87,9 @@ SCORES: dict[str, Callable[[Array, float], Array]] = {
 def pruning_order(scores: Array) -> Array:
   """The global pruning sequence: the largest score goes first.
 
-  The largest mean rank is the least active neuron, and the largest share of
-  votes the one most wanted away. Scores tie heavily with few voters, and the
+  The largest mean rank is the least active neuron, the largest share of votes
+  the one most wanted away, the largest gain (`weights.gains`) the one most
+  easily raised. Scores tie heavily with few voters, and the
   server has nothing but the scores: the lower index goes first.
 
   Args:

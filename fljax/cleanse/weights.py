@@ -1,4 +1,4 @@
-"""Extreme weights: those beyond μ ± Δσ become zero; whose neuron has them."""
+"""Extreme weights: those beyond μ ± Δσ become zero. Gains of neurons."""
 
 from __future__ import annotations
 
@@ -56,21 +56,22 @@ def gains(kernel: Array) -> Array:
   is a cell or two of its input, never negative after a ReLU. A neuron that
   answers to it gathers positive weight at one place of its kernel, also where
   each weight is limited; others spread theirs over all that they look at. Who
-  limits these sums (`attacks.gain_limited`) has to do with less.
+  limits these sums as well (`attacks.gain_limited`) is not found.
 
   Args:
     kernel: [height, width, channels, neurons].
 
   Returns:
-    [neurons], the largest of the sums of positive weights at one place: how
-    much the neuron rises, before its activation function, when one cell goes
-    from zeros to ones.
+    [neurons], the largest of the sums of positive weights at one place: the
+    most that a neuron rises, before its activation function, by what lies in
+    one cell of an input in [0, 1].
 
   References:
     Weights alone, by another norm and of whole kernels: Data-free Backdoor
     Removal based on Channel Lipschitzness (Zheng et al., ECCV 2022).
   """
-  return jnp.maximum(kernel, 0).sum(axis=-2).max(axis=(0, 1))
+  sums = jnp.maximum(kernel, 0).sum(axis=-2)
+  return sums.max(axis=tuple(range(sums.ndim - 1)))
 
 
 def zero_extremes(

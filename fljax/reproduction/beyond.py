@@ -11,8 +11,8 @@ reports with it.
 Or whole neurons are pruned by what a single cell of their input can raise
 them by (`weights.gains`), for which nobody reports or trains. Weight by weight,
 adjusting may take those first that keep a backdoor's neuron silent on clean
-images, and attackers who limit each weight escape it. They gather many at one
-place instead, where this finds them; those who limit that as well escape again.
+images, and attackers who limit each weight escape it. Those gather many weights
+at one place instead, where this finds them; who limits that too escapes again.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ _NOTE = (
   " by gain: the neurons are pruned that a single cell of their input can"
   " raise by far more than others, as the weights have it (anomaly index above"
   " 2); nobody reports or trains, and no image is looked at. Orders, depths"
-  " and this measure were found on calibration seeds with AA on the screen;"
-  " every other setting is the flagfile's. Published numbers are those of the"
-  " paper's process."
+  " and this measure were chosen on calibration seeds with AA on the screen;"
+  " what led to them was also seen on models of seeds 0 and 1. Every other"
+  " setting is the flagfile's. Published numbers are those of the paper's"
+  " process."
 )
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
@@ -156,7 +157,7 @@ def beyond_2(bases: Bases) -> Table:
 
 
 def beyond_3(bases: Bases) -> Table:
-  """Attackers who know the defence, on robust fine-tuning."""
+  """Attackers who know the defence."""
   base = bases["mnist"]
   attacked: dict[str, dict[str, Any]] = {
     "none": {},
@@ -187,17 +188,8 @@ def beyond_3(bases: Bases) -> Table:
     rows[f"{count} attackers"] = _cells(together)
     rows[f"{count} attackers, median"] = _cells(together, "median")
 
-  single = slice(1, len(attacked))
-
-  def withstands(values: np.ndarray) -> tuple[str, str]:
-    success = _ends(values[single], "AA")
-    robust = [success[_ROBUST[0]], success[_UNPRUNED[0]]]
-    return (
-      plan.verdict(max(robust) < 10, max(robust) < success[plan.ALL[0]]),
-      f"under attack: {_told(values[single])}",
-    )
-
-  several = range(single.stop, len(rows))
+  alone = range(1, len(attacked))
+  several = range(len(attacked), len(rows))
   limited = [
     row
     for row, changes in enumerate(attacked.values())
@@ -222,7 +214,8 @@ def beyond_3(bases: Bases) -> Table:
   return Table(
     "beyond-3",
     "Beyond the paper: attackers who know the defence, MNIST",
-    "Attackers promote the backdoor's neurons in their reports (which nobody"
+    "Ways of cleansing as on MNIST's 18 pairs."
+    " Attackers promote the backdoor's neurons in their reports (which nobody"
     " asks for where nothing is pruned, or by gain), limit their last"
     " convolution to μ ± Δσ, in training as in fine-tuning (Section VI-B), or"
     " what a single cell can raise its neurons by to so many times the median"
@@ -239,9 +232,9 @@ def beyond_3(bases: Bases) -> Table:
     ),
     (
       (
-        "What an attacker that knows the defence wins in the paper's"
-        " fine-tuning, it does not win in a trimmed mean.",
-        withstands,
+        "Deep adjusting and then tuning by a trimmed mean withstands a single"
+        " attacker that knows the defence.",
+        leaves_little(_UNPRUNED[0], alone),
       ),
       (
         "Deep adjusting and then tuning by a trimmed mean withstands several"
@@ -250,7 +243,8 @@ def beyond_3(bases: Bases) -> Table:
       ),
       (
         "Pruning by gain withstands several attackers.",
-        leaves_little(_PRUNED[0], several),
+        # Without fine-tuning its rule is nothing to it.
+        leaves_little(_PRUNED[0], several[::2]),
       ),
       (
         "Pruning by gain withstands attackers who limit their weights or"
@@ -258,7 +252,8 @@ def beyond_3(bases: Bases) -> Table:
         leaves_little(_PRUNED[0], limited),
       ),
       (
-        "It does where deep adjusting and tuning by a trimmed mean follow.",
+        "Pruning by gain, deep adjusting and tuning by a trimmed mean together"
+        " withstand attackers who limit their weights or gains.",
         leaves_little(_BOTH[0], limited),
       ),
     ),

@@ -93,6 +93,33 @@ def test_of_a_neuron_whose_gain_stands_out_nothing_is_left(model, trained):
   assert pruned(index[3]).num_pruned == 0
 
 
+def test_what_is_pruned_already_counts_for_no_gain(model, trained):
+  params, _, _ = trained
+  neurons = model.neurons
+  gains = weights.gains(models.target_kernel(model, params))
+  # Nearly all are dead: over all neurons, whoever lives would stand out.
+  alive = jnp.arange(neurons) < 2
+  masked = models.mask_neurons(model, params, alive)
+  pruned = pipeline.prune_outliers(
+    model, masked, neuron_mask=alive, threshold=1.0
+  )
+  assert pruned.num_pruned == 0
+  np.testing.assert_array_equal(pruned.neuron_mask, alive)
+  assert list(pruned.order[:2]) == list(np.argsort(-np.asarray(gains[:2])))
+  chex.assert_trees_all_equal(pruned.params, masked)
+
+
+def test_where_most_neurons_are_alike_none_stands_out(model, trained):
+  params, _, _ = trained
+  kernel = models.target_kernel(model, params)
+  same = jnp.broadcast_to(kernel[..., :1], kernel.shape)
+  same = same.at[..., 0].multiply(50)
+  params = models.with_target_kernel(model, params, same)
+  pruned = pipeline.prune_outliers(model, params)
+  assert pruned.num_pruned == 0 and not np.isfinite(pruned.anomaly)
+  assert pruned.neuron_mask.all()
+
+
 @pytest.mark.parametrize("statistics_over", ["surviving", "all"])
 def test_adjusting_goes_as_far_as_the_floor_allows(
   model, trained, statistics_over

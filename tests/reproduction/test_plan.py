@@ -99,7 +99,9 @@ def test_other_ways_of_cleansing_begin_with_the_same_model(make):
 
 def test_pruning_by_gain_withstands_limits_only_if_every_row_does():
   table = catalogue.BEYOND[3](BASES)
-  (judged,) = (f for text, f in table.statements if "limit their" in text)
+  (judged,) = (
+    f for text, f in table.statements if "gain withstands attackers" in text
+  )
   place = plan.places(table.columns)["FP by gain", "AA"]
   values = np.full((len(table.rows), 1, len(table.columns)), np.nan)
   with pytest.raises(ValueError, match="No result"):
