@@ -92,6 +92,7 @@ def test_every_range_is_checked(field):
     ({"cleanse": "nc-oracle", "num_attackers": 0}, "--num_attackers is 0"),
     ({"attacker_avoids": "1,x"}, "must be numbers of neurons"),
     ({"attacker_avoids": "1,-2"}, "numbered from 0"),
+    ({"attacker_gain": 0.5}, "must be 0 or at least 1"),
     ({"workdir": ""}, "workdir must not be empty"),
   ],
 )

@@ -89,8 +89,8 @@ def pruning_order(scores: Array) -> Array:
 
   The largest mean rank is the least active neuron, the largest share of votes
   the one most wanted away, the largest gain (`weights.gains`) the one most
-  easily raised. Scores tie heavily with few voters, and the
-  server has nothing but the scores: the lower index goes first.
+  easily raised. Votes tie heavily with few voters, and the server has nothing
+  but the scores: the lower index goes first.
 
   Args:
     scores: [neurons].

@@ -104,6 +104,8 @@ def test_what_is_pruned_already_counts_for_no_gain(model, trained):
     model, masked, neuron_mask=alive, threshold=1.0
   )
   assert pruned.num_pruned == 0
+  among_alive = selection.anomaly_index(gains[:2])
+  assert pruned.anomaly == pytest.approx(float(among_alive.max()))
   np.testing.assert_array_equal(pruned.neuron_mask, alive)
   assert list(pruned.order[:2]) == list(np.argsort(-np.asarray(gains[:2])))
   chex.assert_trees_all_equal(pruned.params, masked)
