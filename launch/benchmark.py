@@ -123,17 +123,19 @@ def serve(make: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]) -> None:
 
 def peak_bytes() -> int:
   """What the process, or its accelerator, held at most."""
+  # PyTorch first: its process has imported JAX as well, and computes nothing
+  # with it.
+  if "torch" in sys.modules:
+    import torch
+
+    if torch.cuda.is_available():
+      return int(torch.cuda.max_memory_allocated())
   if "jax" in sys.modules:
     import jax
 
     if jax.default_backend() != "cpu":
       stats = jax.devices()[0].memory_stats() or {}
       return int(stats.get("peak_bytes_in_use", 0))
-  if "torch" in sys.modules:
-    import torch
-
-    if torch.cuda.is_available():
-      return int(torch.cuda.max_memory_allocated())
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
