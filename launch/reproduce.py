@@ -88,7 +88,8 @@ _RESULTS = flags.DEFINE_string(
   "results",
   "",
   "Folder of finished runs that were made elsewhere, such as a sweep's on an"
-  " accelerator; what they recorded is copied into --workdir first.",
+  " accelerator, or of tables' JSON files, such as launch/results; what they"
+  " recorded is copied into --workdir first. Figures need the runs.",
 )
 _RUN = flags.DEFINE_boolean(
   "run", True, "With --norun, only draw what has results already."
@@ -213,17 +214,17 @@ def run(
   store: stores.Store,
 ) -> None:
   """Runs what has no result yet; a missing data set leaves its cells out."""
-  work = [
-    (command, label, cell, seed)
-    for seed in seeds
-    for command, artefact in artefacts.items()
-    for (label, _), cell in cells_of(artefact).items()
-  ]
+  cells, open_cells = 0, []
+  for seed in seeds:
+    for command, artefact in artefacts.items():
+      curves = isinstance(artefact, plan.Figure)
+      for (label, _), cell in cells_of(artefact).items():
+        cells += 1
+        if store.record(cell, seed, curves=curves) is None:
+          open_cells.append((command, label, cell, seed))
   missing: dict[str, str] = {}
-  open_cells = [item for item in work if store.record(item[2], item[3]) is None]
   print(
-    f"{len(work) - len(open_cells)} of {len(work)} cells are complete in"
-    f" {store.path}",
+    f"{cells - len(open_cells)} of {cells} cells are complete in {store.path}",
     file=sys.stderr,
   )
   together = execution.plan_for().sweep == "vmap"
@@ -269,9 +270,10 @@ def write(
   sections_folder.mkdir(exist_ok=True)
   for command, artefact in artefacts.items():
     records, failures = {}, {}
+    curves = isinstance(artefact, plan.Figure)
     for (label, variant), cell in cells_of(artefact).items():
       for seed in seeds:
-        record = store.record(cell, seed)
+        record = store.record(cell, seed, curves=curves)
         if record is not None:
           records[label, variant, seed] = record
         elif reason := store.failure(cell, seed):
@@ -331,7 +333,7 @@ def main(arguments: Sequence[str]) -> int:
       store = stores.Store(_WORKDIR.value, stop)
       if _RESULTS.value:
         taken = store.take_over(_RESULTS.value)
-        print(f"{taken} finished runs in {_RESULTS.value}", file=sys.stderr)
+        print(f"{taken} experiments in {_RESULTS.value}", file=sys.stderr)
       if _RUN.value:
         run(artefacts, seeds, store)
       write(artefacts, seeds, store, out)

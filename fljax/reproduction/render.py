@@ -7,7 +7,6 @@ from collections.abc import Callable
 import csv
 import html
 import io
-import json
 import re
 from typing import Any
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from fljax import data
 from fljax import driver as driving
 from fljax import report
+from fljax.reproduction import archive
 from fljax.reproduction.plan import AA
 from fljax.reproduction.plan import TA
 from fljax.reproduction.plan import Column
@@ -211,7 +211,9 @@ def table(
     {
       f"{table.name}.md": markdown.encode(),
       f"{table.name}.csv": _csv(table, values, seeds),
-      f"{table.name}.json": _json(table.title, command, records, statements),
+      f"{table.name}.json": archive.dump(
+        table.title, command, records, statements
+      ),
     },
     section,
     "  ".join(
@@ -250,55 +252,6 @@ def _csv(table: Table, values: np.ndarray, seeds: tuple[int, ...]) -> bytes:
         ]
       )
   return stream.getvalue().encode()
-
-
-def _json(
-  title: str,
-  command: str,
-  records: Records,
-  statements: list[tuple[str, str, str]],
-) -> bytes:
-  """The cells: what every experiment's phases say."""
-  cells = [
-    {
-      "cell": label,
-      "variant": variant,
-      "seed": seed,
-      "data_sha256": record.results["config"].get("data_sha256"),
-      "environment": record.results["environment"],
-      "config": record.results["config"],
-      "phases": record.results["phases"],
-    }
-    for (label, variant, seed), record in records.items()
-  ]
-  for cell in cells:
-    del cell["data_sha256"]
-  # What all cells agree on is said once.
-  shared: dict[str, Any] = {}
-  for part in ("environment", "config"):
-    first = cells[0][part] if cells else {}
-    shared[part] = {
-      key: value
-      for key, value in first.items()
-      if all(cell[part].get(key) == value for cell in cells)
-    }
-    for cell in cells:
-      cell[part] = {
-        key: value
-        for key, value in cell[part].items()
-        if key not in shared[part]
-      }
-  whole = {
-    "title": title,
-    "command": command,
-    "shared": shared,
-    "statements": [
-      {"statement": text, "verdict": verdict, "numbers": numbers}
-      for text, verdict, numbers in statements
-    ],
-    "cells": cells,
-  }
-  return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _statements(
@@ -411,7 +364,7 @@ def figure(
       f' src="data:image/png;base64,{picture}">'
     )
   if runs:
-    files[f"{figure.name}.json"] = _json(
+    files[f"{figure.name}.json"] = archive.dump(
       figure.title, command, records, statements
     )
   section += _html_notes(notes)

@@ -3,12 +3,15 @@
 Under the store's folder, `trained/<hash>` holds a training alone and
 `runs/<hash>` a whole experiment, which takes its trained model over. Both are
 workdirs like any other: `config.json` tells what they are, and whatever was
-interrupted goes on where it stopped.
+interrupted goes on where it stopped. `tables/<hash>.json` is what a table made
+elsewhere says about an experiment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +28,7 @@ from fljax import experiment as experiments
 from fljax import sweep as sweeps
 from fljax import workdir as workdirs
 from fljax.config import Config
+from fljax.reproduction import archive
 from fljax.reproduction.plan import Cell
 from fljax.reproduction.plan import Record
 
@@ -73,7 +77,7 @@ class Store:
     """What is run for a cell; None if what it builds on is not known yet."""
     config = dataclasses.replace(cell.config, seed=seed)
     if cell.after is not None:
-      before = self.record(cell.after, seed)
+      before = self.record(cell.after, seed, curves=True)
       if before is None:
         return None
       assert cell.adapt is not None
@@ -104,8 +108,16 @@ class Store:
 
   # --- what -----------------------------------------------------------------
 
-  def record(self, cell: Cell, seed: int) -> Record | None:
+  def record(
+    self, cell: Cell, seed: int, *, curves: bool = False
+  ) -> Record | None:
     """The record of a finished experiment, or None.
+
+    Args:
+      cell: the experiment.
+      seed: of it.
+      curves: whether its curves are needed, of which what was taken over from
+        a table has none.
 
     Raises:
       errors.WorkdirError: its folder is damaged.
@@ -115,7 +127,7 @@ class Store:
       return None
     folder = Path(config.workdir)
     if not (folder / workdirs.RESULTS).exists():
-      return None
+      return None if curves else self._of_table(folder.name)
     try:
       results = json.loads((folder / workdirs.RESULTS).read_text("utf-8"))
       lines = (folder / workdirs.METRICS).read_text("utf-8").splitlines()
@@ -123,6 +135,17 @@ class Store:
     except (OSError, ValueError) as error:
       raise errors.WorkdirError(
         f"{folder} is damaged ({error}); delete it to have it made again."
+      ) from error
+
+  def _of_table(self, name: str) -> Record | None:
+    path = self.path / "tables" / f"{name}.json"
+    if not path.exists():
+      return None
+    try:
+      return Record(json.loads(path.read_text("utf-8")), [])
+    except (OSError, ValueError) as error:
+      raise errors.WorkdirError(
+        f"{path} is damaged ({error}); delete it to have it made again."
       ) from error
 
   def failure(self, cell: Cell, seed: int) -> str | None:
@@ -198,40 +221,60 @@ class Store:
           _note_failure(workdir, error)
 
   def take_over(self, folder: str) -> int:
-    """Copies the records of finished runs that were made elsewhere.
+    """Copies the records of experiments that were made elsewhere.
 
     Args:
-      folder: workdirs, at any depth; checkpoints are not needed.
+      folder: workdirs of finished runs, at any depth, of which checkpoints
+        are not needed, or JSON files of tables and figures, which have no
+        curves.
 
     Returns:
-      How many runs there are. Those whose settings have results here already
-      are left as they are.
+      How many experiments there are. Those whose settings have results here
+      already are left as they are.
 
     Raises:
-      errors.WorkdirError: the folder holds no finished run, one is damaged,
-        or the store cannot be written.
+      errors.WorkdirError: the folder holds no experiment, one is damaged, or
+        the store cannot be written.
     """
-    found = sorted(Path(folder).expanduser().rglob(workdirs.RESULTS))
-    if not found:
-      raise errors.WorkdirError(f"{folder} holds no finished run.")
-    for results in found:
-      source = results.parent
-      try:
-        settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
-        settings.pop(workdirs.DATA_SHA256)
-        json.loads(results.read_text("utf-8"))["phases"]
-        target = self.path / "runs" / digest(settings)
-        if (target / workdirs.RESULTS).exists():
-          continue
-        target.mkdir(parents=True, exist_ok=True)
-        # The results last: with them the record counts as whole.
-        for name in (workdirs.CONFIG, workdirs.METRICS, workdirs.RESULTS):
-          shutil.copyfile(source / name, target / name)
-      except (OSError, ValueError, KeyError, TypeError) as error:
-        raise errors.WorkdirError(
-          f"{source} cannot be taken over ({error!r})."
-        ) from error
-    return len(found)
+    source = Path(folder).expanduser()
+    taken = set()
+    for path in sorted(source.rglob(workdirs.RESULTS)):
+      with _taking(path.parent):
+        taken.add(self._take_run(path.parent))
+    for path in sorted(source.rglob("*-*.json")):
+      with _taking(path):
+        for results in archive.load(path.read_bytes()) or []:
+          taken.add(self._take_cell(results))
+    if not taken:
+      raise errors.WorkdirError(
+        f"{folder} holds no finished run, and no table's JSON file."
+      )
+    return len(taken)
+
+  def _take_run(self, source: Path) -> str:
+    """Returns its settings' digest."""
+    settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
+    settings.pop(workdirs.DATA_SHA256)
+    json.loads((source / workdirs.RESULTS).read_text("utf-8"))["phases"]
+    name = digest(settings)
+    target = self.path / "runs" / name
+    if not (target / workdirs.RESULTS).exists():
+      target.mkdir(parents=True, exist_ok=True)
+      # The results last: with them the record counts as whole.
+      for file in (workdirs.CONFIG, workdirs.METRICS, workdirs.RESULTS):
+        shutil.copyfile(source / file, target / file)
+    return name
+
+  def _take_cell(self, results: dict[str, Any]) -> str:
+    """Returns its settings' digest."""
+    name = digest(results["config"])
+    path = self.path / "tables" / f"{name}.json"
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      partial = path.with_suffix(".partial")
+      partial.write_text(json.dumps(results), encoding="utf-8")
+      partial.replace(path)
+    return name
 
   def _run(self, config: Config) -> bool:
     """Returns whether the experiment has results."""
@@ -258,6 +301,21 @@ class Store:
         _note_failure(workdir, error)
         return False
     return True
+
+
+@contextlib.contextmanager
+def _taking(source: Path) -> Iterator[None]:
+  """Names what cannot be taken over."""
+  try:
+    yield
+  except (
+    errors.WorkdirError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+  ) as e:
+    raise errors.WorkdirError(f"{source} cannot be taken over ({e!r}).") from e
 
 
 def _note_failure(

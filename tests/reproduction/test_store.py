@@ -12,6 +12,7 @@ from fljax import driver
 from fljax import errors
 from fljax import experiment
 from fljax import models
+from fljax.reproduction import archive
 from fljax.reproduction import plan
 from fljax.reproduction import store as stores
 
@@ -209,10 +210,39 @@ def test_records_made_elsewhere_are_taken_over(base, store, tmp_path):
   assert store.record(cell, 2).results == alone
 
 
+def test_a_table_made_elsewhere_is_taken_over(base, store, tmp_path):
+  cell = plan.Cell(_with(base, cleanse="fp"))
+  after = plan.Cell(base, cell, lambda config, record: config)
+  store.run(cell, 2)
+  record = store.record(cell, 2)
+  made = archive.dump("Title", "command", {("row", "main", 2): record}, [])
+  (tmp_path / "made").mkdir()
+  (tmp_path / "made" / "table-1.json").write_bytes(made)
+  (tmp_path / "made" / "something-else.json").write_text("[1]")
+
+  other = stores.Store(str(tmp_path / "other"), driver.Stop())
+  assert other.record(cell, 2) is None
+  assert other.take_over(str(tmp_path / "made")) == 1
+  taken = other.record(cell, 2)
+  assert taken.results == {
+    key: record.results[key] for key in ("environment", "config", "phases")
+  }
+  assert taken.lines == []
+  # What needs curves does not make do with it, and its own run comes first.
+  assert other.record(cell, 2, curves=True) is None
+  assert other.settings(after, 2) is None
+  other.run(cell, 2)
+  assert other.record(cell, 2).curve("training")
+  assert other.record(cell, 2, curves=True) is not None
+
+
 @pytest.mark.parametrize(
   "files, message",
   [
     ({}, "no finished run"),
+    ({"something-else.json": "{}"}, "no finished run"),
+    ({"table-1.json": "{"}, "table-1.json cannot be taken over"),
+    ({"table-1.json": '{"shared": 1, "cells": [2]}'}, "taken over"),
     ({"results.json": "{}", "config.json": "{}"}, "taken over"),
     ({"results.json": '{"phases": []}'}, "taken over"),
     ({"results.json": "[", "config.json": '{"data_sha256": ""}'}, "taken over"),
