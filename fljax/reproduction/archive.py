@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from fljax import errors
+from fljax.config import Config
 from fljax.reproduction.plan import Record
 
 # Said once for all cells that agree on it.
@@ -87,7 +88,16 @@ def load(content: bytes) -> list[dict[str, Any]] | None:
       return None
     return [
       {
-        **{part: {**whole["shared"][part], **cell[part]} for part in _PARTS},
+        "environment": {
+          **whole["shared"]["environment"],
+          **cell["environment"],
+        },
+        # Settings that came later were at their default.
+        "config": {
+          **Config.defaults(),
+          **whole["shared"]["config"],
+          **cell["config"],
+        },
         "phases": [{**phase} for phase in cell["phases"]],
       }
       for cell in whole["cells"]
