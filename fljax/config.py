@@ -30,7 +30,7 @@ PHASES = ("fp", "ft", "aw")
 RETURNING = ("ft", "aw")
 # Defences to compare with; the server uses its own validation images.
 # The last one is no defence: it sees test images and AA.
-BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
+BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "fst", "nc-oracle")
 # A value of --pruning that needs no report.
 GAIN = "gain"
 _LARGEST = 2**31 - 1
@@ -355,8 +355,9 @@ class Config:
   cleanse: str = _setting(
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
-    " (fine-tuning), aw (adjusting extreme weights); or, to compare with,"
-    " nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, and nc-oracle"
+    " (fine-tuning), aw (adjusting extreme weights); or, to compare with, what"
+    " the server does alone with its own images: nc-prune and nc-unlearn"
+    " (Neural Cleanse), fine-pruning, fst (Feature Shift Tuning), and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
     " several by AA), each applied to the trained model if only such are named."
     " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
@@ -505,8 +506,22 @@ class Config:
   server_learning_rate: float = _setting(
     0.1,
     "Learning rate of training on the server's images: Neural Cleanse's"
-    " unlearning, Fine-Pruning's tuning.",
+    " unlearning, Fine-Pruning's tuning, fst.",
     above=0,
+    cleansing=True,
+  )
+  server_epochs: int = _setting(
+    10,
+    "Passes over the server's images in Fine-Pruning's tuning and fst.",
+    low=1,
+    cleansing=True,
+  )
+  fst_weight: float = _setting(
+    0.1,
+    "Feature Shift Tuning: how strongly the last layer is kept from what it"
+    " was (α).",
+    low=0,
+    high=1000,
     cleansing=True,
   )
 

@@ -597,7 +597,11 @@ class Driver:
     tuning: dict[str, Any] = {
       "key": jax.random.fold_in(jax.random.key(config.seed), 4),
       "learning_rate": config.server_learning_rate,
-      "max_drop": config.pruning_drop,
+    }
+    longer: dict[str, Any] = {
+      **tuning,
+      "epochs": config.server_epochs,
+      "augmentation": config.augment,
     }
     # `Config` demands attackers for the oracle, and validation images for all
     # others.
@@ -611,12 +615,26 @@ class Driver:
         target=config.target_label,
         settings=phases.ORACLE._replace(steps=config.nc_steps),
         mesh=experiment.mesh,
+        max_drop=config.pruning_drop,
         **tuning,
       )
     elif kind == "fine-pruning":
       assert experiment.validation is not None
       mitigated = phases.prune_and_tune(
-        *subject, experiment.validation, **tuning
+        *subject,
+        experiment.validation,
+        max_drop=config.pruning_drop,
+        **longer,
+      )
+    elif kind == "fst":
+      assert experiment.validation is not None
+      mitigated = phases.shift_features(
+        *subject,
+        state.neuron_mask,
+        experiment.validation,
+        gradient_clip=config.gradient_clip,
+        weight=config.fst_weight,
+        **longer,
       )
     else:
       assert experiment.validation is not None
@@ -627,6 +645,7 @@ class Driver:
         experiment.validation,
         suspects,
         by=kind.removeprefix("nc-"),
+        max_drop=config.pruning_drop,
         **tuning,
       )
       mitigated.facts["seconds_before"] = before

@@ -130,6 +130,52 @@ def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
   return {**params, "target": target}
 
 
+def classifier_path(model: Model, params: Params) -> tuple[str, ...]:
+  """Where in params["head"] the kernel of the layer that gives logits is.
+
+  It is the last two-dimensional kernel with as many columns as there are
+  classes, in the order of Flax's names.
+
+  Raises:
+    errors.ConfigError: there is none.
+  """
+  leaves = traverse_util.flatten_dict(params["head"])
+  found = [
+    path
+    for path, leaf in leaves.items()
+    if path[-1] == "kernel"
+    and leaf.ndim == 2
+    and leaf.shape[1] == model.num_classes
+  ]
+  if not found:
+    raise errors.ConfigError(
+      "the model's head has no linear layer that gives its"
+      f" {model.num_classes} logits."
+    )
+  return max(found, key=_natural)
+
+
+def _natural(path: tuple[str, ...]) -> list[tuple[str, int]]:
+  """Sorts Dense_10 after Dense_9."""
+  order = []
+  for name in path:
+    stem, _, number = name.rpartition("_")
+    order.append((stem, int(number)) if number.isdigit() else (name, -1))
+  return order
+
+
+def head_leaf(params: Params, path: tuple[str, ...]) -> Array:
+  """A leaf of params["head"]."""
+  return _get(params["head"], path)
+
+
+def with_head_leaf(
+  params: Params, path: tuple[str, ...], leaf: Array
+) -> Params:
+  """The same parameters with another leaf of params["head"]."""
+  return {**params, "head": _set(params["head"], path, leaf)}
+
+
 def _get(tree: Any, path: tuple[str, ...]) -> Array:
   for key in path:
     tree = tree[key]

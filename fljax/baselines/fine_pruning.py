@@ -77,6 +77,7 @@ def fine_tune(
   optimizer: optax.GradientTransformation = server.SGD,
   epochs: int = 10,
   batch_size: int = 50,
+  augmentation: str = "none",
 ) -> models.Params:
   """Trains the pruned model on clean images; pruned neurons stay at zero.
 
@@ -90,6 +91,7 @@ def fine_tune(
     optimizer: plain SGD if none is given.
     epochs: passes over the images.
     batch_size: images per step.
+    augmentation: see `local.augment`.
 
   Returns:
     The fine-tuned parameters.
@@ -97,7 +99,7 @@ def fine_tune(
   References:
     The paper, "Fine-Pruning Defense".
   """
-  return server.train(
+  return server.compiled_train(
     model,
     params,
     neuron_mask,
@@ -107,4 +109,5 @@ def fine_tune(
     optimizer=optimizer,
     epochs=epochs,
     batch_size=batch_size,
+    augmentation=augmentation,
   )

@@ -789,7 +789,7 @@ def unlearn(
   )
   if neuron_mask is None:
     neuron_mask = jnp.ones(model.neurons, bool)
-  return server.train(
+  return server.compiled_train(
     model,
     params,
     neuron_mask,

@@ -1,8 +1,8 @@
 """The baselines as phases of a run: state in, state and facts out.
 
-`cleanse` and `prune_and_tune` are deployable: the server uses its own
-validation images, for everything, and nothing else. `cleanse_as_oracle` is
-not, and says so.
+`cleanse`, `prune_and_tune` and `shift_features` are deployable: the server
+uses its own validation images, for everything, and nothing else.
+`cleanse_as_oracle` is not, and says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import optax
 from fljax import evaluate
 from fljax import models
 from fljax import parallel
+from fljax.baselines import feature_shift
 from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
 
@@ -308,6 +309,8 @@ def prune_and_tune(
   key: Array,
   learning_rate: float,
   max_drop: float,
+  epochs: int = 10,
+  augmentation: str = "none",
 ) -> Mitigated:
   """Fine-Pruning: prunes what clean images leave silent, then tunes on them.
 
@@ -318,6 +321,8 @@ def prune_and_tune(
     key: random key.
     learning_rate: of fine-tuning.
     max_drop: accuracy that pruning may cost.
+    epochs: of fine-tuning.
+    augmentation: see `local.augment`.
 
   Returns:
     The mitigated model.
@@ -332,6 +337,53 @@ def prune_and_tune(
     *server_images(validation),
     key=key,
     optimizer=optax.sgd(learning_rate),
+    epochs=epochs,
+    augmentation=augmentation,
   )
   facts = {"pruned_neurons": pruned.num_pruned, "neurons": model.neurons}
   return Mitigated(params, pruned.neuron_mask, facts)
+
+
+def shift_features(
+  model: models.Model,
+  params: models.Params,
+  neuron_mask: Array,
+  validation: evaluate.Examples,
+  *,
+  key: Array,
+  learning_rate: float,
+  gradient_clip: float,
+  weight: float,
+  epochs: int,
+  augmentation: str,
+) -> Mitigated:
+  """Feature Shift Tuning on the server's images.
+
+  Args:
+    model: the network.
+    params: the trained model.
+    neuron_mask: bool [neurons], False for neurons pruned before.
+    validation: the server's images.
+    key: random key.
+    learning_rate: of tuning, at its beginning.
+    gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
+    weight: α.
+    epochs: of tuning.
+    augmentation: see `local.augment`.
+
+  Returns:
+    The tuned model.
+  """
+  params = feature_shift.tune(
+    model,
+    params,
+    neuron_mask,
+    *server_images(validation),
+    key=key,
+    learning_rate=learning_rate,
+    gradient_clip=gradient_clip or np.inf,
+    weight=weight,
+    epochs=epochs,
+    augmentation=augmentation,
+  )
+  return Mitigated(params, neuron_mask, {})

@@ -56,9 +56,6 @@ def mean_activations(
   return sums / jnp.maximum(examples.mask.sum(), 1).astype(sums.dtype)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("model", "optimizer", "epochs", "batch_size")
-)
 def train(
   model: models.Model,
   params: models.Params,
@@ -70,6 +67,7 @@ def train(
   optimizer: optax.GradientTransformation,
   epochs: int,
   batch_size: int,
+  augmentation: str = "none",
 ) -> models.Params:
   """Trains on with pruned neurons held at zero.
 
@@ -87,6 +85,7 @@ def train(
     optimizer: of mini-batch gradients; its state starts afresh.
     epochs: passes over the samples; 0 only prunes.
     batch_size: samples per step; the last batch of an epoch may be smaller.
+    augmentation: see `local.augment`.
 
   Returns:
     The trained parameters.
@@ -109,7 +108,24 @@ def train(
     trigger=triggers.from_pixels([], model.image_shape),
   )
   training = local.sgd_training(
-    model, optimizer, epochs=epochs, batch_size=batch_size
+    model,
+    optimizer,
+    epochs=epochs,
+    batch_size=batch_size,
+    augmentation=augmentation,
   )
   trained, _ = training(params, alone, neuron_mask, alone.attacker, key)
   return trained
+
+
+# An optimizer that holds traced arrays takes `train` itself.
+compiled_train = jax.jit(
+  train,
+  static_argnames=(
+    "model",
+    "optimizer",
+    "epochs",
+    "batch_size",
+    "augmentation",
+  ),
+)

@@ -42,6 +42,9 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   1: beyond.beyond_1,
   2: beyond.beyond_2,
   3: beyond.beyond_3,
+  4: beyond.beyond_4,
+  5: beyond.beyond_5,
+  6: beyond.beyond_6,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {

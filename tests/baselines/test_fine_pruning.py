@@ -69,7 +69,7 @@ def test_a_backdoor_that_clean_images_leave_dormant_is_gone():
 
 @pytest.mark.parametrize("max_drop", [0.0, 0.1, 0.4, 1.0])
 def test_the_step_that_falls_below_the_floor_is_undone(model, params, max_drop):
-  tuned = server.train(
+  tuned = server.compiled_train(
     model,
     params,
     jnp.ones(model.neurons, bool),

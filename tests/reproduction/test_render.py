@@ -13,6 +13,7 @@ from fljax.reproduction import plan
 from fljax.reproduction import render
 from fljax.reproduction import tables
 
+BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "nc-oracle")
 BASES = {"mnist": configs.Config()}
 
 
@@ -74,7 +75,7 @@ def test_a_value_may_be_a_mean_over_experiments():
         plan.AA: 0.1 * place,
         "seconds": 3.0,
       }
-      for place, name in enumerate(configs.BASELINES)
+      for place, name in enumerate(BASELINES)
     ]
     whole = make_record()
     return whole._replace(results={**whole.results, "phases": phases})
@@ -88,9 +89,7 @@ def test_a_value_may_be_a_mean_over_experiments():
     },
   }
   values = render.values_of(table, records, (0,))
-  places = [
-    configs.BASELINES.index(column.phase) for column in table.columns[4::3]
-  ]
+  places = [BASELINES.index(column.phase) for column in table.columns[4::3]]
   np.testing.assert_allclose(
     values[0, 0, 4:], [x for k in places for x in (92, 10 * k, 3)]
   )

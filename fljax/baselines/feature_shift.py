@@ -1,0 +1,157 @@
+"""Feature Shift Tuning: the classifier learns anew, away from what it was.
+
+    params = tune(model, params, neuron_mask, images, labels, key=key)
+
+All data are the server's own clean images. No client takes part, so that it
+does not matter how many of them attack.
+
+References:
+  Towards Stable Backdoor Purification through Feature Shift Tuning (Min, Qin,
+  Shen, Cheng, NeurIPS 2023).
+"""
+
+from __future__ import annotations
+
+import functools
+
+from flax import traverse_util
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fljax import models
+from fljax.baselines import server
+
+Array = jax.Array
+Params = models.Params
+
+
+@functools.partial(
+  jax.jit, static_argnames=("model", "epochs", "batch_size", "augmentation")
+)
+def tune(
+  model: models.Model,
+  params: Params,
+  neuron_mask: Array,
+  images: Array | np.ndarray,
+  labels: Array | np.ndarray,
+  *,
+  key: Array,
+  learning_rate: float | Array = 0.1,
+  gradient_clip: float | Array = jnp.inf,
+  weight: float | Array = 0.1,
+  epochs: int = 10,
+  batch_size: int = 50,
+  augmentation: str = "none",
+) -> Params:
+  """Draws the last layer anew and trains everything, that layer away from w₀.
+
+  The loss is cross-entropy + α⟨w, w₀⟩ with the last layer's kernel w and its
+  trained one w₀; after every step w has w₀'s norm.
+
+  Args:
+    model: the network.
+    params: the trained model.
+    neuron_mask: bool [neurons], False for neurons that stay pruned.
+    images: uint8 [samples, height, width, channels], the server's own.
+    labels: int [samples].
+    key: random key of the new weights and of the batches.
+    learning_rate: of plain SGD; it falls to 0 along half a cosine. The
+      official code has 0.01 with a momentum of 0.9, which goes as far.
+    gradient_clip: largest norm of a batch's gradient.
+    weight: α.
+    epochs: passes over the images.
+    batch_size: images per step.
+    augmentation: see `local.augment`.
+
+  Returns:
+    The tuned parameters.
+
+  Raises:
+    errors.ConfigError: the model has no such layer.
+
+  References:
+    Towards Stable Backdoor Purification through Feature Shift Tuning (Min,
+    Qin, Shen, Cheng, NeurIPS 2023), and its official code.
+  """
+  path = models.classifier_path(model, params)
+  before = models.head_leaf(params, path)
+  kernel_key, bias_key, train_key = jax.random.split(key, 3)
+  bound = 1 / np.sqrt(before.shape[0])
+
+  def drawn(key: Array, like: Array) -> Array:
+    return jax.random.uniform(key, like.shape, like.dtype, -bound, bound)
+
+  start = models.with_head_leaf(params, path, drawn(kernel_key, before))
+  bias_path = (*path[:-1], "bias")
+  if bias_path in traverse_util.flatten_dict(params["head"]):
+    bias = models.head_leaf(params, bias_path)
+    start = models.with_head_leaf(start, bias_path, drawn(bias_key, bias))
+  optimizer = optax.chain(
+    _pulled(path, weight * before),
+    _sgd(len(labels), learning_rate, gradient_clip, epochs, batch_size),
+    _of_norm(path, jnp.linalg.norm(before)),
+  )
+  return server.train(
+    model,
+    start,
+    neuron_mask,
+    jnp.asarray(images),
+    jnp.asarray(labels),
+    key=train_key,
+    optimizer=optimizer,
+    epochs=epochs,
+    batch_size=batch_size,
+    augmentation=augmentation,
+  )
+
+
+def _sgd(
+  samples: int,
+  learning_rate: float | Array,
+  gradient_clip: float | Array,
+  epochs: int,
+  batch_size: int,
+) -> optax.GradientTransformation:
+  steps = epochs * -(-samples // batch_size)
+
+  def rate(count: Array) -> Array:
+    done = count.astype(jnp.float32) / steps
+    return learning_rate * (1 + jnp.cos(jnp.pi * done)) / 2
+
+  return optax.chain(optax.clip_by_global_norm(gradient_clip), optax.sgd(rate))
+
+
+def _pulled(
+  path: tuple[str, ...], gradient: Array
+) -> optax.GradientTransformation:
+  """Adds what a linear term of the loss has as its gradient."""
+
+  def update(
+    gradients: Params, state: optax.EmptyState, params: Params | None = None
+  ) -> tuple[Params, optax.EmptyState]:
+    del params
+    leaf = models.head_leaf(gradients, path)
+    return models.with_head_leaf(gradients, path, leaf + gradient), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _of_norm(
+  path: tuple[str, ...], norm: Array
+) -> optax.GradientTransformation:
+  """Changes an update so that a kernel has this norm after it."""
+
+  def update(
+    updates: Params, state: optax.EmptyState, params: Params | None = None
+  ) -> tuple[Params, optax.EmptyState]:
+    assert params is not None
+    before = models.head_leaf(params, path)
+    after = before + models.head_leaf(updates, path)
+    # A kernel of zeros has no direction to be kept.
+    after *= norm * lax.rsqrt(jnp.maximum(jnp.square(after).sum(), 1e-30))
+    return models.with_head_leaf(updates, path, after - before), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,175 @@
+import chex
+from conftest import TARGET
+from conftest import make_images
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import planted
+import pytest
+
+from fljax import errors
+from fljax import evaluate
+from fljax import models
+from fljax.baselines import feature_shift
+from fljax.baselines import phases
+
+IMAGES, LABELS = make_images(60, seed=3)
+KEY = jax.random.key(0)
+
+
+def _kernel(model, params):
+  return models.head_leaf(params, models.classifier_path(model, params))
+
+
+def _tune(model, params, mask=None, **options):
+  keep = jnp.ones(model.neurons, bool) if mask is None else mask
+  return feature_shift.tune(
+    model, params, keep, IMAGES, LABELS, key=KEY, **options
+  )
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"weight": 0.0},
+    {"weight": 5.0, "epochs": 3},
+    {"batch_size": 7, "epochs": 2, "learning_rate": 1.0},
+    {"gradient_clip": 0.1, "epochs": 1},
+  ],
+  ids=str,
+)
+def test_the_last_layer_keeps_its_norm_and_pruned_neurons_stay(
+  model, params, options
+):
+  mask = jnp.asarray([i != 1 for i in range(model.neurons)])
+  tuned = _tune(model, params, mask, **options)
+  chex.assert_trees_all_close(
+    jnp.linalg.norm(_kernel(model, tuned)),
+    jnp.linalg.norm(_kernel(model, params)),
+    rtol=1e-5,
+  )
+  chex.assert_trees_all_equal(tuned, models.mask_neurons(model, tuned, mask))
+  chex.assert_tree_all_finite(tuned)
+
+
+def test_a_step_descends_the_loss_with_its_penalty(model, params):
+  weight, rate = 0.7, 0.2
+  path = models.classifier_path(model, params)
+  before = _kernel(model, params)
+  # At a rate of nothing the start is seen, but for its norm: every kernel of
+  # the same direction ends alike.
+  options = {"epochs": 1, "batch_size": len(LABELS), "weight": weight}
+  kernel_key, _, _ = jax.random.split(KEY, 3)
+  bound = before.shape[0] ** -0.5
+  drawn = jax.random.uniform(
+    kernel_key, before.shape, minval=-bound, maxval=bound
+  )
+  start = _tune(model, params, learning_rate=0.0, **options)
+  start = models.with_head_leaf(start, path, drawn)
+
+  def loss(params):
+    logits = models.apply(model, params, jnp.asarray(IMAGES))
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+    return entropy.mean() + weight * jnp.vdot(
+      models.head_leaf(params, path), before
+    )
+
+  gradient = jax.grad(loss)(start)
+  expected = jax.tree.map(lambda p, g: p - rate * g, start, gradient)
+  kernel = models.head_leaf(expected, path)
+  kernel *= jnp.linalg.norm(before) / jnp.linalg.norm(kernel)
+  expected = models.with_head_leaf(expected, path, kernel)
+  tuned = _tune(model, params, learning_rate=rate, **options)
+  chex.assert_trees_all_close(tuned, expected, atol=1e-5)
+
+
+def test_the_penalty_turns_the_last_layer_away(model, params):
+  before = _kernel(model, params)
+  products = [
+    float(jnp.vdot(_kernel(model, _tune(model, params, weight=w)), before))
+    for w in (0.0, 0.1, 1.0)
+  ]
+  assert products[0] > products[1] > products[2]
+
+
+def test_the_planted_backdoor_is_gone():
+  model, params = planted.model(), planted.params()
+  images, labels = make_images(400, seed=3)
+  stamped = evaluate.backdoored(
+    *make_images(60, seed=4),
+    trigger=planted.TRIGGER,
+    victim_label=0,
+    target_label=TARGET,
+    over="others",
+    batch_size=25,
+  )
+  clean = evaluate.batched(*make_images(60, seed=4), batch_size=25)
+  assert evaluate.measure(model, params, stamped) > 0.9
+  after = phases.shift_features(
+    model,
+    params,
+    jnp.ones(model.neurons, bool),
+    evaluate.batched(images, labels, batch_size=25),
+    key=KEY,
+    learning_rate=0.1,
+    gradient_clip=0.0,
+    weight=0.1,
+    epochs=20,
+    augmentation="none",
+  )
+  assert evaluate.measure(model, after.params, stamped) < 0.1
+  assert evaluate.measure(model, after.params, clean) > 0.9
+  assert after.neuron_mask.all() and not after.facts
+
+
+class _Head(nn.Module):
+  """So many linear layers of ten, then one of `last`."""
+
+  layers: int
+  last: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.reshape(len(x), -1)
+    for _ in range(self.layers):
+      x = nn.Dense(10)(x)
+    return nn.Dense(self.last)(x)[:, :10]
+
+
+class _Target(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Conv(2, (3, 3))(x))
+
+
+def _with_head(head):
+  model = models.from_flax(
+    stem=None,
+    target=_Target(),
+    head=head,
+    image_shape=(4, 4, 1),
+    num_classes=10,
+  )
+  return model, model.init(KEY)
+
+
+def test_the_classifier_is_the_last_layer_of_as_many_as_classes():
+  assert models.classifier_path(*_with_head(_Head(11, 10))) == (
+    "Dense_11",
+    "kernel",
+  )
+  with pytest.raises(errors.ConfigError, match="no linear layer"):
+    models.classifier_path(*_with_head(_Head(0, 11)))
+
+
+def test_a_kernel_of_zeros_does_no_harm(model, params):
+  path = models.classifier_path(model, params)
+  zero = models.with_head_leaf(
+    params, path, jnp.zeros_like(_kernel(model, params))
+  )
+  tuned = _tune(model, zero)
+  chex.assert_tree_all_finite(tuned)
+  np.testing.assert_array_equal(_kernel(model, tuned), 0)
