@@ -600,6 +600,7 @@ class Driver:
     }
     longer: dict[str, Any] = {
       **tuning,
+      "gradient_clip": config.gradient_clip,
       "epochs": config.server_epochs,
       "augmentation": config.augment,
     }
@@ -632,7 +633,6 @@ class Driver:
         *subject,
         state.neuron_mask,
         experiment.validation,
-        gradient_clip=config.gradient_clip,
         weight=config.fst_weight,
         **longer,
       )
@@ -649,6 +649,14 @@ class Driver:
         **tuning,
       )
       mitigated.facts["seconds_before"] = before
+    if not all(
+      np.isfinite(leaf).all() for leaf in jax.tree.leaves(mitigated.params)
+    ):
+      raise errors.DivergedError(
+        f"{kind} became not finite: lower --server_learning_rate, or limit"
+        " gradients by --gradient_clip=1. The last good checkpoint is in"
+        f" {self.workdir.path / workdirs.CHECKPOINTS}."
+      )
     after = state.replace(
       params=mitigated.params, neuron_mask=mitigated.neuron_mask
     )

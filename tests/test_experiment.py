@@ -265,6 +265,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"attacker_avoids": "0,3", "num_attackers": 2},
     {"cleanse": "fp,nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
+    {"cleanse": "fp,fst,aw", "server_epochs": 1},
     {"cleanse": "nc-oracle", "nc_steps": 2, "validation_size": 0},
     {"local_steps": 2, "final_learning_rate": 0.01},
     {"fine_tune_learning_rate": 0.02, "fine_tune_gamma": 2.0},
@@ -337,6 +338,15 @@ def test_baselines_alone_are_compared_on_the_trained_model(config):
     (phase,) = experiment.run(alone, quiet=True)["phases"][1:]
     (same,) = (p for p in results["phases"] if p["name"] == name)
     assert {**phase, "seconds": 0} == {**same, "seconds": 0}
+
+
+@pytest.mark.parametrize("kind", ["fine-pruning", "nc-oracle"])
+def test_a_server_that_trains_too_fast_is_told_so(config, kind):
+  config = _with(
+    config, cleanse=kind, server_learning_rate=1e30, nc_steps=1, rounds=1
+  )
+  with pytest.raises(errors.DivergedError, match="server_learning_rate"):
+    experiment.run(config, quiet=True)
 
 
 def test_the_learning_rate_falls_to_its_last_round_and_stays(config):

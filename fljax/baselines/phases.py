@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from fljax import evaluate
 from fljax import models
@@ -21,6 +20,7 @@ from fljax import parallel
 from fljax.baselines import feature_shift
 from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
+from fljax.baselines import server
 
 Array = jax.Array
 
@@ -198,7 +198,7 @@ def _remove(
     mask,
     pattern,
     key=key,
-    optimizer=optax.sgd(learning_rate),
+    optimizer=server.sgd(learning_rate),
     neuron_mask=neuron_mask,
   )
   return params, neuron_mask
@@ -309,6 +309,7 @@ def prune_and_tune(
   key: Array,
   learning_rate: float,
   max_drop: float,
+  gradient_clip: float = 0.0,
   epochs: int = 10,
   augmentation: str = "none",
 ) -> Mitigated:
@@ -321,6 +322,7 @@ def prune_and_tune(
     key: random key.
     learning_rate: of fine-tuning.
     max_drop: accuracy that pruning may cost.
+    gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     epochs: of fine-tuning.
     augmentation: see `local.augment`.
 
@@ -336,7 +338,7 @@ def prune_and_tune(
     pruned.neuron_mask,
     *server_images(validation),
     key=key,
-    optimizer=optax.sgd(learning_rate),
+    optimizer=server.sgd(learning_rate, gradient_clip),
     epochs=epochs,
     augmentation=augmentation,
   )

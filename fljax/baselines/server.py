@@ -22,10 +22,23 @@ from fljax import triggers
 
 Array = jax.Array
 
-# One object, so that calls without an optimizer share one compiled program.
+
+# One object per setting, so that calls share one compiled program.
+@functools.cache
+def sgd(
+  learning_rate: float, gradient_clip: float = 0.0
+) -> optax.GradientTransformation:
+  """Plain SGD; the norm of a batch's gradient is limited, unless by 0."""
+  if not gradient_clip:
+    return optax.sgd(learning_rate)
+  return optax.chain(
+    optax.clip_by_global_norm(gradient_clip), optax.sgd(learning_rate)
+  )
+
+
 # The rate is this project's choice: enough for an epoch to unlearn a trigger
 # from the MNIST networks, and half of what they are trained with.
-SGD = optax.sgd(0.1)
+SGD = sgd(0.1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
