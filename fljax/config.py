@@ -216,7 +216,8 @@ class Config:
     "none",
     "Random changes of training images, afresh in every step: 'flip' mirrors"
     " half of them left to right, 'crop' also shifts by up to 4 pixels each"
-    " way. Triggers are stamped after it.",
+    " way; in Fine-Pruning's tuning and fst too. Triggers are stamped after"
+    " it.",
     choices=tuple(local.AUGMENTATIONS),
   )
   learning_rate: float = _setting(0.1, "Local learning rate.", above=0)
@@ -234,8 +235,8 @@ class Config:
   )
   gradient_clip: float = _setting(
     0.0,
-    "Largest L2 norm of the gradient of a local step, over all parameters;"
-    " longer ones are scaled down to it. 0 sets no limit.",
+    "Largest L2 norm of the gradient of a local step, or of one of the server,"
+    " over all parameters; longer ones are scaled down to it. 0 sets no limit.",
     low=0,
   )
   last_conv_l2: float = _setting(
@@ -357,9 +358,10 @@ class Config:
     "Phases after training, in order: fp (federated pruning), ft"
     " (fine-tuning), aw (adjusting extreme weights); or, to compare with, what"
     " the server does alone with its own images: nc-prune and nc-unlearn"
-    " (Neural Cleanse), fine-pruning, fst (Feature Shift Tuning), and nc-oracle"
+    " (Neural Cleanse), fine-pruning, fst (Feature Shift Tuning); and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
-    " several by AA), each applied to the trained model if only such are named."
+    " several by AA). Each is applied to the trained model if only such are"
+    " named."
     " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
     cleansing=True,
   )
@@ -506,7 +508,8 @@ class Config:
   server_learning_rate: float = _setting(
     0.1,
     "Learning rate of training on the server's images: Neural Cleanse's"
-    " unlearning, Fine-Pruning's tuning, fst.",
+    " unlearning, Fine-Pruning's tuning, and fst, where it falls to 0"
+    " along half a cosine.",
     above=0,
     cleansing=True,
   )

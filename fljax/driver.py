@@ -597,10 +597,10 @@ class Driver:
     tuning: dict[str, Any] = {
       "key": jax.random.fold_in(jax.random.key(config.seed), 4),
       "learning_rate": config.server_learning_rate,
+      "gradient_clip": config.gradient_clip,
     }
     longer: dict[str, Any] = {
       **tuning,
-      "gradient_clip": config.gradient_clip,
       "epochs": config.server_epochs,
       "augmentation": config.augment,
     }

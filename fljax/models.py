@@ -133,35 +133,30 @@ def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
 def classifier_path(model: Model, params: Params) -> tuple[str, ...]:
   """Where in params["head"] the kernel of the layer that gives logits is.
 
-  It is the last two-dimensional kernel with as many columns as there are
-  classes, in the order of Flax's names.
+  It is the two-dimensional kernel with as many columns as there are classes;
+  of several that Flax has numbered, as in Dense_0 and Dense_1, the last.
 
   Raises:
-    errors.ConfigError: there is none.
+    errors.ConfigError: there is none, or several of other names.
   """
   leaves = traverse_util.flatten_dict(params["head"])
-  found = [
-    path
-    for path, leaf in leaves.items()
-    if path[-1] == "kernel"
-    and leaf.ndim == 2
-    and leaf.shape[1] == model.num_classes
-  ]
-  if not found:
+  found: dict[tuple[str, ...], list[tuple[int, tuple[str, ...]]]] = {}
+  for path, leaf in leaves.items():
+    fits = leaf.ndim == 2 and leaf.shape[1] == model.num_classes
+    if path[-1] == "kernel" and fits:
+      name, _, number = "/".join(path[:-1]).rpartition("_")
+      numbered = number.isdigit()
+      series = (name,) if numbered else path
+      found.setdefault(series, []).append(
+        (int(number) if numbered else 0, path)
+      )
+  if len(found) != 1:
     raise errors.ConfigError(
-      "the model's head has no linear layer that gives its"
-      f" {model.num_classes} logits."
+      f"the model's head has {'no' if not found else 'more than one'} linear"
+      f" layer that may give its {model.num_classes} logits."
     )
-  return max(found, key=_natural)
-
-
-def _natural(path: tuple[str, ...]) -> list[tuple[str, int]]:
-  """Sorts Dense_10 after Dense_9."""
-  order = []
-  for name in path:
-    stem, _, number = name.rpartition("_")
-    order.append((stem, int(number)) if number.isdigit() else (name, -1))
-  return order
+  (candidates,) = found.values()
+  return max(candidates)[1]
 
 
 def head_leaf(params: Params, path: tuple[str, ...]) -> Array:

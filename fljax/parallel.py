@@ -225,6 +225,19 @@ def _put(leaf: Any, sharding: jax.sharding.Sharding) -> Array:
   )
 
 
+def on_host(tree: Any) -> Any:
+  """The same arrays as NumPy arrays, whole in every process."""
+  # As elsewhere: of several processes alone.
+  from jax.experimental import multihost_utils
+
+  def fetch(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+      return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+  return jax.tree.map(fetch, tree)
+
+
 def gather_cohort(
   federation: federations.Federation, chosen: Array
 ) -> federations.Federation:

@@ -11,7 +11,7 @@
 #              installed
 #   table3     CIFAR-10, nine pairs, trained as one program; cleansed as the paper
 #              does, and by the server alone (beyond-6)
-#   bfloat16   the same, trained at bfloat16
+#   bfloat16   Table III, trained at bfloat16
 #   table1     the 18 pairs of Table I on SEEDS (default 0,1,2), as one program
 #   table5     what Table V adds to it
 #   table2     Fashion-MNIST, nine pairs on SEEDS

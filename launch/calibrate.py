@@ -220,7 +220,7 @@ def run(base: configs.Config, store: stores.Store) -> None:
     item
     for items in cells.values()
     for item in items
-    if store.record(*item[1:]) is None
+    if store.record(*item[1:], curves=True) is None
   ]
   if execution.plan_for().sweep == "vmap":
     store.train_together(work)
@@ -232,7 +232,7 @@ def run(base: configs.Config, store: stores.Store) -> None:
   for variant, items in cells.items():
     records = []
     for name, cell, seed in items:
-      record = store.record(cell, seed)
+      record = store.record(cell, seed, curves=True)
       if record is None:
         print(f"{name}: {store.failure(cell, seed)}", file=sys.stderr)
       else:

@@ -89,7 +89,8 @@ _RESULTS = flags.DEFINE_string(
   "",
   "Folder of finished runs that were made elsewhere, such as a sweep's on an"
   " accelerator, or of tables' JSON files, such as launch/results; what they"
-  " recorded is copied into --workdir first. Figures need the runs.",
+  " recorded is copied into --workdir first. Figures, and the second attack,"
+  " need the runs.",
 )
 _RUN = flags.DEFINE_boolean(
   "run", True, "With --norun, only draw what has results already."

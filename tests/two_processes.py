@@ -33,7 +33,12 @@ def main(coordinator, processes, process, folder, stop_after):
     coordinator=coordinator if int(processes) > 1 else "",
     num_processes=int(processes),
     process_id=int(process),
-    **{**conftest.TINY_SETTINGS, "cleanse": "fp", "eval_every": 1},
+    **{
+      **conftest.TINY_SETTINGS,
+      "cleanse": "fp,fst",
+      "server_epochs": 1,
+      "eval_every": 1,
+    },
   )
   if int(stop_after):
     log = workdirs.Shared.log

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from fljax import evaluate
 from fljax import models
@@ -50,10 +51,8 @@ def server_images(
   Returns:
     uint8 [n, height, width, channels] and int32 [n].
   """
-  counts = np.asarray(examples.mask)
-  return np.asarray(examples.images)[counts], np.asarray(examples.labels)[
-    counts
-  ]
+  whole = parallel.on_host(examples)
+  return whole.images[whole.mask], whole.labels[whole.mask]
 
 
 class Suspects(NamedTuple):
@@ -115,6 +114,7 @@ def cleanse(
   key: Array,
   learning_rate: float,
   max_drop: float,
+  gradient_clip: float = 0.0,
 ) -> Mitigated:
   """Neural Cleanse, second half: removes the triggers of flagged classes.
 
@@ -128,6 +128,7 @@ def cleanse(
     key: random key, the one that the suspects were found with or another.
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost, for each flagged class.
+    gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
 
   Returns:
     The mitigated model. The facts name the flagged classes; if there is none,
@@ -149,7 +150,7 @@ def cleanse(
       position,
       by=by,
       key=jax.random.fold_in(unlearn_key, position),
-      learning_rate=learning_rate,
+      optimizer=server.sgd(learning_rate, gradient_clip),
       max_drop=max_drop,
     )
   facts = {
@@ -175,7 +176,7 @@ def _remove(
   *,
   by: str,
   key: Array,
-  learning_rate: float,
+  optimizer: optax.GradientTransformation,
   max_drop: float,
 ) -> tuple[models.Params, Array]:
   """Removes what one trigger stands for; `own` are the examples unbatched."""
@@ -198,7 +199,7 @@ def _remove(
     mask,
     pattern,
     key=key,
-    optimizer=server.sgd(learning_rate),
+    optimizer=optimizer,
     neuron_mask=neuron_mask,
   )
   return params, neuron_mask
@@ -223,6 +224,7 @@ def cleanse_as_oracle(
   rates: Sequence[float] = ORACLE_RATES,
   learning_rate: float,
   max_drop: float,
+  gradient_clip: float = 0.0,
   mesh: parallel.Mesh | None = None,
 ) -> Mitigated:
   """Neural Cleanse as no server could run it: the best of several, by AA.
@@ -244,6 +246,7 @@ def cleanse_as_oracle(
     rates: the learning rates tried.
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost.
+    gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     mesh: devices that the rates are spread over.
 
   Returns:
@@ -281,7 +284,7 @@ def cleanse_as_oracle(
         position,
         by=by,
         key=unlearn_key,
-        learning_rate=learning_rate,
+        optimizer=server.sgd(learning_rate, gradient_clip),
         max_drop=max_drop,
       )
       accuracy = float(evaluate.measure(model, after, test))

@@ -69,24 +69,21 @@ def dump(
   return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def load(content: bytes) -> list[dict[str, Any]] | None:
+def load(content: bytes) -> list[dict[str, Any]]:
   """The experiments of a file that `dump` made.
 
   Args:
     content: of a JSON file.
 
   Returns:
-    For each what its results.json says: config, environment and phases; None
-    if the file holds something else.
+    For each what its results.json says: config, environment and phases.
 
   Raises:
-    errors.WorkdirError: it is damaged.
+    errors.WorkdirError: it is damaged, or something else.
   """
   try:
     whole = json.loads(content)
-    if not isinstance(whole, dict) or not {"cells", "shared"} <= whole.keys():
-      return None
-    return [
+    cells = [
       {
         "environment": {
           **whole["shared"]["environment"],
@@ -102,5 +99,10 @@ def load(content: bytes) -> list[dict[str, Any]] | None:
       }
       for cell in whole["cells"]
     ]
+    if not all(cell["phases"] for cell in cells):
+      raise ValueError("an experiment without a phase")
   except (ValueError, KeyError, TypeError) as error:
-    raise errors.WorkdirError(f"the file is damaged ({error!r}).") from error
+    raise errors.WorkdirError(
+      f"it is damaged, or not what reproduce.py writes ({error!r})."
+    ) from error
+  return cells

@@ -172,7 +172,8 @@ def _server_alone(
   """A row per pair; the paper's numbers begin with training, end with All."""
   columns = (
     *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
-    *plan.accuracies(_TUNED, _FINE_PRUNED, variant="server"),
+    *plan.accuracies(_TUNED, variant="fst"),
+    *plan.accuracies(_FINE_PRUNED, variant="fine-pruning"),
   )
   place = plan.places(columns)
 
@@ -189,15 +190,15 @@ def _server_alone(
 
   def row(pair: paper.Pair, numbers: tuple[float, ...]) -> Row:
     config = plan.of_pair(base, pair)
-    server = plan.changed(
-      config,
-      cleanse="fst,fine-pruning",
-      server_learning_rate=0.2,
-      server_epochs=20,
-    )
+    server = plan.changed(config, server_learning_rate=0.2, server_epochs=20)
     return Row(
       plan.arrow(pair, labels),
-      {"paper": Cell(config), "server": Cell(server)},
+      {
+        "paper": Cell(config),
+        # By themselves: where one diverges, the other still counts.
+        "fst": Cell(plan.changed(server, cleanse="fst")),
+        "fine-pruning": Cell(plan.changed(server, cleanse="fine-pruning")),
+      },
       (*numbers[:2], *numbers[-2:], *(None,) * 4),
     )
 
@@ -207,8 +208,9 @@ def _server_alone(
     "All: the paper's process, in which all clients take part. FST: Feature"
     " Shift Tuning (Min, Qin, Shen, Cheng, 2023), and Fine-Pruning (Liu,"
     " Dolan-Gavitt, Garg, 2018), on the trained model, by the server with its"
-    " own 5,000 images; both train for 20 passes over these at a rate of 0.2,"
-    " chosen on calibration seeds with AA on the screen. Published numbers are"
+    " own 5,000 images; both train for 20 passes over these at a rate of 0.2"
+    " (FST's falls to 0 along half a cosine), chosen for FST on calibration"
+    " seeds with AA on the screen. Published numbers are"
     " those of the paper's process." + (f" {plan.JPEG}" if labels else ""),
     columns,
     tuple(row(pair, numbers) for pair, numbers in published.items()),

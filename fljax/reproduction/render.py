@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 import csv
+import dataclasses
 import html
 import io
+import json
 import re
 from typing import Any
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 from fljax import data
 from fljax import driver as driving
 from fljax import report
+from fljax.config import Config
 from fljax.reproduction import archive
 from fljax.reproduction.plan import AA
 from fljax.reproduction.plan import TA
@@ -41,6 +44,11 @@ _COLOURS = (
   "#000000",
 )
 _NONE = "–"
+_CLEANSING = {
+  field.name
+  for field in dataclasses.fields(Config)
+  if field.metadata["cleansing"]
+}
 
 # By experiment: row (or curve), variant and seed.
 Records = dict[tuple[str, str, int], Record]
@@ -88,6 +96,24 @@ def values_of(
 
 def _cases(row: Row, records: Records, seed: int) -> list[str]:
   return cases_of(row, lambda name: (row.label, name, seed) in records)
+
+
+def _trained_apart(row: Row, records: Records, seed: int) -> bool:
+  """Whether the same training had several outcomes, on several machines."""
+  outcomes: dict[str, set[tuple[Any, ...]]] = {}
+  for variant in row.cells:
+    if (row.label, variant, seed) in records:
+      record = records[row.label, variant, seed]
+      settings = {
+        key: value
+        for key, value in record.results["config"].items()
+        if key not in _CLEANSING
+      }
+      trained = record.results["phases"][0]
+      outcomes.setdefault(json.dumps(settings, sort_keys=True), set()).add(
+        (trained[TA], trained[AA])
+      )
+  return any(len(several) > 1 for several in outcomes.values())
 
 
 def _mean_and_deviation(values: np.ndarray) -> tuple[float, float, int]:
@@ -183,6 +209,13 @@ def table(
       for row in table.rows
       for seed in complete
       if (cases := _cases(row, records, seed))
+    ),
+    *(
+      f"{row.label}, seed {seed}: trained more than once, from the same"
+      " settings, and not to the same model; columns are of different ones."
+      for row in table.rows
+      for seed in complete
+      if _trained_apart(row, records, seed)
     ),
     *(
       f"{label}, {variant}, seed {seed}: {reason}"

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -33,6 +34,8 @@ from fljax.reproduction.plan import Cell
 from fljax.reproduction.plan import Record
 
 FAILED = "failed.txt"
+# What `launch/reproduce.py` names its JSON files.
+_ARTEFACT = re.compile(r"(table|figure|discussion|beyond)-\d+\.json")
 # Every compiled program on a CPU holds mappings of memory, a run some 150, of
 # which Linux gives a process 65,530; past them, XLA ends in a segmentation
 # fault. What is forgotten comes back from the compilation cache.
@@ -224,9 +227,9 @@ class Store:
     """Copies the records of experiments that were made elsewhere.
 
     Args:
-      folder: workdirs of finished runs, at any depth, of which checkpoints
-        are not needed, or JSON files of tables and figures, which have no
-        curves.
+      folder: of workdirs of finished runs, of which checkpoints are not
+        needed, or of JSON files of tables and figures, which have no curves,
+        at any depth; or such a file.
 
     Returns:
       How many experiments there are. Those whose settings have results here
@@ -237,14 +240,20 @@ class Store:
         the store cannot be written.
     """
     source = Path(folder).expanduser()
+    runs = [path.parent for path in sorted(source.rglob(workdirs.RESULTS))]
+    made = [
+      path
+      for path in ([source] if source.is_file() else sorted(source.rglob("*")))
+      if _ARTEFACT.fullmatch(path.name)
+    ]
     taken = set()
-    for path in sorted(source.rglob(workdirs.RESULTS)):
-      with _taking(path.parent):
-        taken.add(self._take_run(path.parent))
-    for path in sorted(source.rglob("*-*.json")):
-      with _taking(path):
-        for results in archive.load(path.read_bytes()) or []:
-          taken.add(self._take_cell(results))
+    for folder_of_run in runs:
+      taken.add(self._take_run(folder_of_run))
+    for path in made:
+      with _reading(path):
+        cells = archive.load(path.read_bytes())
+      for results in cells:
+        taken.add(self._take_cell(results))
     if not taken:
       raise errors.WorkdirError(
         f"{folder} holds no finished run, and no table's JSON file."
@@ -253,12 +262,15 @@ class Store:
 
   def _take_run(self, source: Path) -> str:
     """Returns its settings' digest."""
-    settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
-    settings.pop(workdirs.DATA_SHA256)
-    json.loads((source / workdirs.RESULTS).read_text("utf-8"))["phases"]
+    with _reading(source):
+      settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
+      settings.pop(workdirs.DATA_SHA256)
+      json.loads((source / workdirs.RESULTS).read_text("utf-8"))["phases"]
     name = digest(settings)
     target = self.path / "runs" / name
-    if not (target / workdirs.RESULTS).exists():
+    if (target / workdirs.RESULTS).exists():
+      return name
+    with self._writing(target):
       target.mkdir(parents=True, exist_ok=True)
       # The results last: with them the record counts as whole.
       for file in (workdirs.CONFIG, workdirs.METRICS, workdirs.RESULTS):
@@ -269,12 +281,23 @@ class Store:
     """Returns its settings' digest."""
     name = digest(results["config"])
     path = self.path / "tables" / f"{name}.json"
-    if not path.exists():
+    if path.exists():
+      return name
+    with self._writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       partial = path.with_suffix(".partial")
       partial.write_text(json.dumps(results), encoding="utf-8")
       partial.replace(path)
     return name
+
+  @contextlib.contextmanager
+  def _writing(self, path: Path) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise errors.WorkdirError(
+        f"{path} cannot be written: {error.strerror or error}."
+      ) from error
 
   def _run(self, config: Config) -> bool:
     """Returns whether the experiment has results."""
@@ -304,18 +327,16 @@ class Store:
 
 
 @contextlib.contextmanager
-def _taking(source: Path) -> Iterator[None]:
+def _reading(source: Path) -> Iterator[None]:
   """Names what cannot be taken over."""
   try:
     yield
-  except (
-    errors.WorkdirError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-  ) as e:
-    raise errors.WorkdirError(f"{source} cannot be taken over ({e!r}).") from e
+  except errors.WorkdirError as error:
+    raise errors.WorkdirError(f"{source}: {error}") from error
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise errors.WorkdirError(
+      f"{source} cannot be taken over ({error!r})."
+    ) from error
 
 
 def _note_failure(

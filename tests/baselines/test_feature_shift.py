@@ -161,8 +161,40 @@ def test_the_classifier_is_the_last_layer_of_as_many_as_classes():
     "Dense_11",
     "kernel",
   )
-  with pytest.raises(errors.ConfigError, match="no linear layer"):
+  with pytest.raises(errors.ConfigError, match="has no linear layer"):
     models.classifier_path(*_with_head(_Head(0, 11)))
+
+
+class _Named(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(10, name="hidden")(x.reshape(len(x), -1))
+    return nn.Dense(10, name="classifier")(x)
+
+
+def test_of_names_nobody_guesses():
+  with pytest.raises(errors.ConfigError, match="more than one linear layer"):
+    models.classifier_path(*_with_head(_Named()))
+
+
+def test_the_gradient_with_its_penalty_is_limited(model, params):
+  rate, clip = 0.5, 1e-3
+
+  def step(**options):
+    """How far everything but the last kernel, which has its norm, goes."""
+    options |= {"epochs": 1, "batch_size": len(LABELS)}
+    ends = [
+      _tune(model, params, learning_rate=r, **options) for r in (0.0, rate)
+    ]
+    steps = jax.tree.map(jnp.subtract, *ends)
+    path = models.classifier_path(model, params)
+    steps = models.with_head_leaf(steps, path, jnp.zeros(()))
+    return sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(steps)) ** 0.5
+
+  limited, pulled = (step(gradient_clip=clip, weight=w) for w in (0.0, 3.0))
+  assert step(weight=0.0) > rate * clip >= 0.99 * limited
+  # The pull takes its share of the limit.
+  assert 0 < pulled < limited / 2
 
 
 def test_a_kernel_of_zeros_does_no_harm(model, params):

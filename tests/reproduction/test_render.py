@@ -63,6 +63,19 @@ def test_values_stand_where_they_belong():
   assert np.isnan(values[0]).all() and np.isnan(values[1, 0]).all()
 
 
+def test_a_row_of_two_trainings_says_so():
+  records = {
+    ("9 → 1", "main", 1): make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1)),
+    ("9 → 1", "rap", 1): make_record(fp_aw=(0.9, 0.2), all=(0.95, 0.1)),
+  }
+  said = "9 → 1, seed 1: trained more than once"
+  assert said not in rendered(records).files["table-1.md"].decode()
+  records["9 → 1", "total", 1] = make_record(
+    (0.97, 0.9), fp_aw=(0.9, 0.2), all=(0.95, 0.1)
+  )
+  assert said in rendered(records).files["table-1.md"].decode()
+
+
 def test_a_value_may_be_a_mean_over_experiments():
   bases = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), BASES["mnist"])
   table = tables.table_4(bases)

@@ -228,6 +228,15 @@ def test_a_table_made_elsewhere_is_taken_over(base, store, tmp_path):
     key: record.results[key] for key in ("environment", "config", "phases")
   }
   assert taken.lines == []
+  # A single file will do; and whose store cannot be written, is told so.
+  one = stores.Store(str(tmp_path / "one"), driver.Stop())
+  assert one.take_over(str(tmp_path / "made" / "table-1.json")) == 1
+  (tmp_path / "file").write_text("")
+  no = stores.Store(str(tmp_path / "file"), driver.Stop())
+  with pytest.raises(
+    errors.WorkdirError, match=r"file/tables/.* cannot be wri"
+  ):
+    no.take_over(str(tmp_path / "made"))
   # What needs curves does not make do with it, and its own run comes first.
   assert other.record(cell, 2, curves=True) is None
   assert other.settings(after, 2) is None
@@ -241,8 +250,15 @@ def test_a_table_made_elsewhere_is_taken_over(base, store, tmp_path):
   [
     ({}, "no finished run"),
     ({"something-else.json": "{}"}, "no finished run"),
-    ({"table-1.json": "{"}, "table-1.json cannot be taken over"),
-    ({"table-1.json": '{"shared": 1, "cells": [2]}'}, "taken over"),
+    ({"table-1.json": "{"}, "table-1.json: it is damaged"),
+    ({"table-1.json": '{"shared": 1, "cells": [2]}'}, "it is damaged"),
+    (
+      {
+        "beyond-2.json": '{"shared": {"config": {}, "environment": {}},'
+        ' "cells": [{"config": {}, "environment": {}, "phases": []}]}'
+      },
+      "without a phase",
+    ),
     ({"results.json": "{}", "config.json": "{}"}, "taken over"),
     ({"results.json": '{"phases": []}'}, "taken over"),
     ({"results.json": "[", "config.json": '{"data_sha256": ""}'}, "taken over"),
