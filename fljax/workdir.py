@@ -68,6 +68,17 @@ class Progress:
   seconds: float
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+  """Turns a failure to write into one sentence."""
+  try:
+    yield
+  except OSError as error:
+    raise errors.WorkdirError(
+      f"{path} cannot be written: {error.strerror or error}."
+    ) from error
+
+
 def open_for_all(
   path: str, identity: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> Workdir | Shared:
@@ -211,15 +222,9 @@ class Workdir:
 
   # --- files -----------------------------------------------------------------
 
-  @contextlib.contextmanager
-  def writing(self, path: Path) -> Iterator[None]:
+  def writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
     """Turns a failure to write into one sentence."""
-    try:
-      yield
-    except OSError as error:
-      raise errors.WorkdirError(
-        f"{path} cannot be written: {error.strerror or error}."
-      ) from error
+    return writing(path)
 
   def write_json(self, name: str, value: Any) -> None:
     """Writes a JSON file of the folder in one piece."""

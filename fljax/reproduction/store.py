@@ -270,7 +270,7 @@ class Store:
     target = self.path / "runs" / name
     if (target / workdirs.RESULTS).exists():
       return name
-    with self._writing(target):
+    with workdirs.writing(target):
       target.mkdir(parents=True, exist_ok=True)
       # The results last: with them the record counts as whole.
       for file in (workdirs.CONFIG, workdirs.METRICS, workdirs.RESULTS):
@@ -283,21 +283,12 @@ class Store:
     path = self.path / "tables" / f"{name}.json"
     if path.exists():
       return name
-    with self._writing(path):
+    with workdirs.writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       partial = path.with_suffix(".partial")
       partial.write_text(json.dumps(results), encoding="utf-8")
       partial.replace(path)
     return name
-
-  @contextlib.contextmanager
-  def _writing(self, path: Path) -> Iterator[None]:
-    try:
-      yield
-    except OSError as error:
-      raise errors.WorkdirError(
-        f"{path} cannot be written: {error.strerror or error}."
-      ) from error
 
   def _run(self, config: Config) -> bool:
     """Returns whether the experiment has results."""
