@@ -215,17 +215,17 @@ def run(
   store: stores.Store,
 ) -> None:
   """Runs what has no result yet; a missing data set leaves its cells out."""
-  cells, open_cells = 0, []
+  total, open_cells = 0, []
   for seed in seeds:
     for command, artefact in artefacts.items():
       curves = isinstance(artefact, plan.Figure)
       for (label, _), cell in cells_of(artefact).items():
-        cells += 1
+        total += 1
         if store.record(cell, seed, curves=curves) is None:
           open_cells.append((command, label, cell, seed))
   missing: dict[str, str] = {}
   print(
-    f"{cells - len(open_cells)} of {cells} cells are complete in {store.path}",
+    f"{total - len(open_cells)} of {total} cells are complete in {store.path}",
     file=sys.stderr,
   )
   together = execution.plan_for().sweep == "vmap"

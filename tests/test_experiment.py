@@ -30,6 +30,7 @@ from fljax import experiment
 from fljax import models
 from fljax import population as populations
 from fljax import workdir as workdirs
+from fljax.baselines import phases
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +339,38 @@ def test_baselines_alone_are_compared_on_the_trained_model(config):
     (phase,) = experiment.run(alone, quiet=True)["phases"][1:]
     (same,) = (p for p in results["phases"] if p["name"] == name)
     assert {**phase, "seconds": 0} == {**same, "seconds": 0}
+
+
+def test_the_server_trains_as_the_settings_say(config, monkeypatch):
+  asked = {}
+  for name in ("shift_features", "prune_and_tune"):
+    whole = getattr(phases, name)
+
+    def spied(*subject, name=name, whole=whole, **settings):
+      asked[name] = settings
+      return whole(*subject, **settings)
+
+    monkeypatch.setattr(phases, name, spied)
+  told = {"learning_rate": 0.02, "gradient_clip": 0.5, "epochs": 3}
+  config = _with(
+    config,
+    cleanse="fst,fine-pruning",
+    rounds=1,
+    server_learning_rate=0.02,
+    gradient_clip=0.5,
+    server_epochs=3,
+    augment="flip",
+    fst_weight=0.3,
+    pruning_drop=0.07,
+  )
+  experiment.run(config, quiet=True)
+  for settings in asked.values():
+    assert settings.pop("key") is not None
+  told["augmentation"] = "flip"
+  assert asked == {
+    "shift_features": {**told, "weight": 0.3},
+    "prune_and_tune": {**told, "max_drop": 0.07},
+  }
 
 
 @pytest.mark.parametrize("kind", ["fine-pruning", "nc-oracle"])

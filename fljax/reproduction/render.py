@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 import csv
-import dataclasses
 import html
 import io
 import json
@@ -44,11 +43,7 @@ _COLOURS = (
   "#000000",
 )
 _NONE = "–"
-_CLEANSING = {
-  field.name
-  for field in dataclasses.fields(Config)
-  if field.metadata["cleansing"]
-}
+_TRAINING = tuple(Config().training())
 
 # By experiment: row (or curve), variant and seed.
 Records = dict[tuple[str, str, int], Record]
@@ -104,11 +99,8 @@ def _trained_apart(row: Row, records: Records, seed: int) -> bool:
   for variant in row.cells:
     if (row.label, variant, seed) in records:
       record = records[row.label, variant, seed]
-      settings = {
-        key: value
-        for key, value in record.results["config"].items()
-        if key not in _CLEANSING
-      }
+      config = record.results["config"]
+      settings = {key: config.get(key) for key in _TRAINING}
       trained = record.results["phases"][0]
       outcomes.setdefault(json.dumps(settings, sort_keys=True), set()).add(
         (trained[TA], trained[AA])
