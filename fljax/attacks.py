@@ -1,9 +1,9 @@
-"""What malicious clients do: four pure hooks, identity by default.
+"""What malicious clients do: five pure hooks, identity by default.
 
-On the data before training, on an attacker's model after each local step, on
-the stacked updates of a round, and on the reports that clients send to the
-defence. An attack never sees a defence's inside, and no aggregator or defence
-imports this module.
+On the data before training, on an attacker's loss in each local step and its
+model after it, on the stacked updates of a round, and on the reports that
+clients send to the defence. An attack never sees a defence's inside, and no
+aggregator or defence imports this module.
 """
 
 from __future__ import annotations
@@ -27,6 +27,34 @@ class DataHook(Protocol):
 
   def __call__(self, federation: Federation, key: Array) -> Federation:
     """Args: the federation and a random key. Returns: the poisoned one."""
+
+
+class LossHook(Protocol):
+  """Adds to an attacker's loss in each of its local steps."""
+
+  def __call__(
+    self,
+    params: Params,
+    activations: Array,
+    labels: Array,
+    poisoned: Array,
+    mask: Array,
+    key: Array,
+  ) -> Array:
+    """Of one batch, what is added to its mean cross-entropy.
+
+    Args:
+      params: the local model.
+      activations: [batch, ..., neurons] of the target convolution, of the
+        images as they are trained on.
+      labels: int [batch], of poisoned samples the target label.
+      poisoned: bool [batch], which samples are backdoored.
+      mask: bool [batch], which samples count.
+      key: random key of this step.
+
+    Returns:
+      A scalar, finite with its gradient.
+    """
 
 
 class LocalHook(Protocol):
@@ -103,13 +131,14 @@ def _same_report(
 
 
 class Attack(NamedTuple):
-  """The four hooks.
+  """The five hooks.
 
   Attributes:
     data: see `DataHook`.
     updates: see `UpdateHook`.
     report: see `ReportHook`.
     local: see `LocalHook`; None changes nothing.
+    loss: see `LossHook`; None adds nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each
       other's updates says False, and gets the whole cohort at once.
@@ -121,6 +150,7 @@ class Attack(NamedTuple):
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
   local: LocalHook | None = None
+  loss: LossHook | None = None
   rowwise: bool = True
   wants_triggered: bool = False
 
@@ -156,11 +186,29 @@ def chain(*attacks: Attack) -> Attack:
       params = hook(params)
     return params
 
+  terms = [attack.loss for attack in attacks if attack.loss is not None]
+
+  def loss(
+    params: Params,
+    activations: Array,
+    labels: Array,
+    poisoned: Array,
+    mask: Array,
+    key: Array,
+  ) -> Array:
+    batch = params, activations, labels, poisoned, mask
+    added = [
+      term(*batch, jax.random.fold_in(key, index))
+      for index, term in enumerate(terms)
+    ]
+    return jnp.stack(added).sum()
+
   return Attack(
     data,
     updates,
     report,
     local if hooks else None,
+    loss if terms else None,
     rowwise=all(attack.rowwise for attack in attacks),
     wants_triggered=any(attack.wants_triggered for attack in attacks),
   )
@@ -467,6 +515,71 @@ def gain_limited(model: models.Model, times: float) -> Attack:
     )
 
   return Attack(local=local)
+
+
+def latent_backdoor(model: models.Model, weight: float) -> Attack:
+  """Attackers give stamped images the target label's own features.
+
+  Features are what enters the last layer. To the loss of a batch are added
+  w/v times the mean squared distance between those of a backdoored image and
+  the mean ones of the batch's clean images of its label; v is the mean
+  squared length of clean images' features (their variance would be 0 where
+  there is one). So a server that replaces the last layer, or moves it away
+  from what it was (`baselines.feature_shift`), does not part the two. An
+  attacker without images of the target label plants the backdoor alone.
+
+  Distances and lengths are those of a random projection to as many numbers as
+  there are classes, drawn anew in each step: they are right on average, and
+  need nothing of the network but that its last layer is known.
+
+  Args:
+    model: the network.
+    weight: w.
+
+  Returns:
+    An attack on the loss of local training.
+
+  Raises:
+    errors.ConfigError: the network has no such layer.
+
+  References:
+    Latent Backdoor Attacks on Deep Neural Networks (Yao, Li, Zheng, Zhao, CCS
+    2019), Section 5; Bypassing Backdoor Detection Algorithms in Deep Learning
+    (Tan, Shokri, 2020).
+  """
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  path = models.classifier_path(model, shapes)
+
+  def loss(
+    params: Params,
+    activations: Array,
+    labels: Array,
+    poisoned: Array,
+    mask: Array,
+    key: Array,
+  ) -> Array:
+    kernel = models.head_leaf(params, path)
+    drawn = jax.random.normal(key, kernel.shape, kernel.dtype)
+    projecting = models.with_head_leaf(params, path, drawn)
+    places = model.head(projecting, activations).astype(jnp.float32)
+    clean = mask & ~poisoned
+    backdoored = mask & poisoned
+    # What is clean stays where it is: its label's place is given.
+    given = jax.lax.stop_gradient(places)
+    length = _mean_of(jnp.square(given).sum(axis=1), clean.astype(jnp.float32))
+    same = labels[:, jnp.newaxis] == labels[jnp.newaxis]
+    alike = (clean[jnp.newaxis] & same).astype(jnp.float32)
+    aims = jax.vmap(lambda weights: _mean_of(given, weights))(alike)
+    counts = (backdoored & alike.any(axis=1)).astype(jnp.float32)
+    distance = _mean_of(jnp.square(places - aims).sum(axis=1), counts)
+    return weight * distance / jnp.maximum(length, 1e-12)
+
+  return Attack(loss=loss)
+
+
+def _mean_of(values: Array, weights: Array) -> Array:
+  """Over the first axis, of values that count; 0 if none does."""
+  return jnp.tensordot(weights, values, 1) / jnp.maximum(weights.sum(), 1)
 
 
 def within_benign(spread: float) -> Attack:

@@ -345,6 +345,15 @@ class Config:
     low=0,
     high=1000,
   )
+  attacker_latent: float = _setting(
+    0.0,
+    "Weight with which attackers train stamped images to have the target"
+    " label's features before the last layer, so that a server which replaces"
+    " that layer (fst) does not part them; they need images of the target"
+    " label. 0 does not.",
+    low=0,
+    high=1000,
+  )
   attack_images: str = _setting(
     "victim",
     "What attack success is measured on: stamped test images of the victim"

@@ -289,6 +289,7 @@ def _block(
       precision=config.precision,
       augmentation=config.augment,
       attackers_hook=attack.local,
+      attackers_loss=attack.loss,
     ),
     attack=attack,
     aggregator=aggregator,
@@ -305,7 +306,7 @@ def _block(
 
 
 def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
-  """The attacks that know the network's neurons."""
+  """The attacks that know the network."""
   adaptive = []
   if config.avoided_neurons:
     try:
@@ -319,6 +320,8 @@ def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
     adaptive.append(attacks.self_limited(model, config.attacker_limit))
   if config.attacker_gain:
     adaptive.append(attacks.gain_limited(model, config.attacker_gain))
+  if config.attacker_latent:
+    adaptive.append(attacks.latent_backdoor(model, config.attacker_latent))
   return adaptive
 
 

@@ -84,6 +84,8 @@ def epoch_batches(key: Array, mask: Array, batch_size: int) -> Array:
   return order.reshape(-1, batch_size)
 
 
+# Of an attacker's loss; other numbers are augmentation's.
+_LOSS_KEY = 1000
 # How far "crop" shifts an image at most, in pixels.
 _SHIFT = 4
 
@@ -144,6 +146,7 @@ def sgd_training(
   precision: str = "default",
   augmentation: str = "none",
   attackers_hook: Callable[[Params], Params] | None = None,
+  attackers_loss: Callable[..., Array] | None = None,
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
 
@@ -166,6 +169,9 @@ def sgd_training(
     augmentation: see `augment`; a trigger is stamped after it, where it lies
       in test images too.
     attackers_hook: applied to an active attacker's model after each step.
+    attackers_loss: of parameters, activations, labels, which samples are
+      poisoned, which count, and a key; added to an active attacker's loss in
+      each step, but not to the loss that is returned.
 
   Returns:
     The training function.
@@ -173,13 +179,24 @@ def sgd_training(
   dtype = execution.compute_dtype(precision)
 
   def loss_fn(
-    params: Params, images: Array, labels: Array, mask: Array
+    params: Params,
+    images: Array,
+    labels: Array,
+    poisoned: Array,
+    mask: Array,
+    active: Array,
+    key: Array,
   ) -> tuple[Array, Array]:
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    logits = models.apply(model, rounded, images).astype(jnp.float32)
+    activations = model.activations(rounded, model.stem(rounded, images))
+    logits = model.head(rounded, activations).astype(jnp.float32)
     loss = cross_entropy(logits, labels, mask)
     kernel = models.target_kernel(model, params)
-    return loss + last_conv_l2 / 2 * jnp.square(kernel).sum(), loss
+    total = loss + last_conv_l2 / 2 * jnp.square(kernel).sum()
+    if attackers_loss is not None:
+      added = attackers_loss(rounded, activations, labels, poisoned, mask, key)
+      total += jnp.where(active, added, 0.0)
+    return total, loss
 
   @execution.at_precision(precision)
   def train(
@@ -209,10 +226,16 @@ def sgd_training(
       mask = valid & counts[indices]
       images = augment(step_key, client.images[indices], augmentation)
       stamped = triggers.stamp(images, client.trigger)
-      poisoned = client.poisoned[indices].reshape(-1, 1, 1, 1)
-      images = jnp.where(poisoned, stamped, images)
+      poisoned = client.poisoned[indices]
+      images = jnp.where(poisoned.reshape(-1, 1, 1, 1), stamped, images)
       grads, loss = jax.grad(loss_fn, has_aux=True)(
-        params, images, client.labels[indices], mask
+        params,
+        images,
+        client.labels[indices],
+        poisoned,
+        mask,
+        active,
+        jax.random.fold_in(step_key, _LOSS_KEY),
       )
       updates, new_state = optimizer.update(grads, opt_state, params)
       updates = jax.tree.map(lambda leaf: rate * leaf, updates)

@@ -167,6 +167,22 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
       not _DATASETS.value or config.dataset in _DATASETS.value
     )
 
+  def warn_of_fixed(command: str, artefact: plan.Table | plan.Figure) -> None:
+    """Says which --override does nothing to some of its experiments."""
+    configs_of = [cell.config for cell in cells_of(artefact).values()]
+    for text in _OVERRIDE.value:
+      name = text.partition("=")[0].strip("-")
+      fixed = sum(
+        getattr(config, name, None) != getattr(base[config.dataset], name, None)
+        for config in configs_of
+      )
+      if fixed:
+        print(
+          f"{command}: {fixed} of its {len(configs_of)} experiments have a"
+          f" {name} of their own, which --override={text} leaves as it is.",
+          file=sys.stderr,
+        )
+
   found: dict[str, plan.Table | plan.Figure] = {}
   for kind, flag in _WANTED.items():
     known = catalogue.KINDS[kind]
@@ -185,6 +201,7 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
           file=sys.stderr,
         )
         continue
+      warn_of_fixed(f"--{kind}={text}", artefact)
       found[f"--{kind}={text}"] = artefact
   if not found:
     raise errors.ConfigError(

@@ -15,6 +15,7 @@ from fljax import aggregators
 from fljax import attacks
 from fljax import federation as federations
 from fljax import models
+from fljax import triggers
 from fljax.cleanse import weights
 
 
@@ -150,6 +151,7 @@ def test_a_chain_applies_hooks_in_order():
       updates=lambda u, c, a: {"w": u["w"] * 2 + value},
       report=lambda v, f, *, kind, triggered: v + value,
       local=lambda params: {"w": params["w"] * 2 + value},
+      loss=lambda *batch: value + 0 * jax.random.uniform(batch[-1]),
     )
 
   chained = attacks.chain(adding(1.0), adding(10.0))
@@ -157,7 +159,10 @@ def test_a_chain_applies_hooks_in_order():
   updates = chained.updates({"w": jnp.ones(1)}, federation, federation.attacker)
   assert float(updates["w"][0]) == (1 * 2 + 1) * 2 + 10
   assert float(chained.local({"w": jnp.ones(())})["w"]) == 16
-  assert attacks.chain(attacks.Attack()).local is None
+  batch = (federation.mask,) * 5
+  assert float(chained.loss(*batch, jax.random.key(0))) == 11
+  nothing = attacks.chain(attacks.Attack())
+  assert nothing.local is None and nothing.loss is None
   assert float(chained.report(jnp.zeros(()), federation, kind="")) == 11
   chex.assert_trees_all_equal(
     attacks.chain().data(federation, jax.random.key(0)), federation
@@ -255,6 +260,104 @@ def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(model, times):
   np.testing.assert_allclose(
     weights.gains(after), jnp.minimum(gains, most), rtol=1e-5
   )
+
+
+def _latent(model, params):
+  """The loss and its gradient, of features, labels, poisoned, mask, key."""
+  attack = attacks.latent_backdoor(model, 2.0)
+
+  def loss(features, labels, poisoned, mask, key):
+    key = jax.random.key(key)
+    return attack.loss(params, features, labels, poisoned, mask, key)
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+def test_a_latent_backdoor_draws_features_to_those_of_its_label(model, params):
+  labels = jnp.asarray([TARGET, TARGET, TARGET, VICTIM, VICTIM, TARGET])
+  poisoned = jnp.asarray([True, True, False, False, False, False])
+  everyone, nobody = jnp.ones(6, bool), jnp.zeros(6, bool)
+  latent = _latent(model, params)
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    features = jnp.asarray(rng.random((6, 4, 4, 6)), jnp.float32)
+    batch = labels, poisoned, everyone
+    value, gradient = latent(features, *batch, seed)
+    assert float(value) > 0
+    # Only backdoored images move, and towards the mean of their label.
+    assert not gradient[2:].any()
+    centre = features[jnp.asarray([2, 5])].mean(axis=0)
+    away = features[:2] - centre[jnp.newaxis]
+    assert float(jnp.vdot(gradient[:2], away)) > 0
+    for share in (0.5, 1.0):
+      nearer, _ = latent(features.at[:2].add(-share * away), *batch, seed)
+      np.testing.assert_allclose(
+        nearer / value, (1 - share) ** 2, rtol=1e-3, atol=1e-6
+      )
+    # In units of what features are.
+    np.testing.assert_allclose(
+      latent(7 * features, *batch, seed)[0], value, rtol=1e-3
+    )
+    # There is nothing to be done without clean images of the label, without
+    # backdoored ones, and with no sample at all.
+    for batch in (
+      (jnp.where(poisoned, TARGET, VICTIM), poisoned, everyone),
+      (labels, poisoned, ~poisoned),
+      (labels, poisoned, poisoned),
+      (labels, nobody, everyone),
+      (labels, poisoned, nobody),
+    ):
+      value, gradient = latent(features, *batch, seed)
+      assert float(value) == 0 and not gradient.any()
+
+
+def test_a_latent_backdoors_distances_are_those_of_features(model, params):
+  rng = np.random.default_rng(0)
+  labels = jnp.asarray([TARGET] * 3 + [VICTIM] * 3)
+  poisoned = jnp.arange(6) < 2
+  features = rng.random((6, 4, 4, 6)).astype(np.float32)
+  latent = _latent(model, params)
+  flat = features.reshape(6, -1)
+  distance = np.square(flat[:2] - flat[2]).sum(axis=1).mean()
+  length = np.square(flat[2:]).sum(axis=1).mean()
+  batch = labels, poisoned, jnp.ones(6, bool)
+  values = [float(latent(features, *batch, key)[0]) for key in range(400)]
+  np.testing.assert_allclose(
+    np.median(values), 2 * distance / length, rtol=0.15
+  )
+
+
+def test_only_active_attackers_train_with_their_loss(model, params):
+  attack = attacks.latent_backdoor(model, 1.0)
+  federation, _ = make_federation(attackers=1, samples=20, fraction=0.4)
+  client = federations.select(federation, 0)
+  labels = client.labels.at[:8].set(TARGET)
+  client = client.replace(labels=labels)
+  stay, key = jnp.ones(model.neurons, bool), jax.random.key(0)
+
+  def trained(active, **options):
+    train = jax.jit(make_training(model, **options))
+    return train(params, client, stay, jnp.asarray(active), key)
+
+  hooked = {"attackers_loss": attack.loss}
+  chex.assert_trees_all_close(
+    trained(False), trained(False, **hooked), rtol=1e-6
+  )
+  # The loss that is reported is the one that everybody has.
+  plain, latent = trained(True), trained(True, **hooked)
+  assert (client.labels == TARGET).any() and client.poisoned.any()
+  assert float(abs(plain[1] - latent[1])) < 0.5
+
+  def distance(params):
+    images = triggers.stamp(client.images, client.trigger)
+    features = model.activations(params, model.stem(params, images))
+    clean = model.activations(params, model.stem(params, client.images))
+    own = client.poisoned
+    aim = clean[(client.labels == TARGET) & ~own].mean(axis=0)
+    length = jnp.square(clean[~own]).mean()
+    return float(jnp.square(features[own] - aim[jnp.newaxis]).mean() / length)
+
+  assert distance(latent[0]) < 0.9 * distance(plain[0])
 
 
 @given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))

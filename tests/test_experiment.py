@@ -264,6 +264,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
     {"attacker_reports": "promote", "attacker_limit": 2.0},
     {"attacker_avoids": "0,3", "num_attackers": 2},
+    {"attacker_latent": 1.0, "cleanse": "fst", "server_epochs": 1},
     {"cleanse": "fp,nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
     {"cleanse": "fp,fst,aw", "server_epochs": 1},

@@ -56,8 +56,13 @@ def test_a_figure_is_made_and_not_made_twice(tmp_path):
 
 
 def test_what_has_not_been_run_is_shown_as_such(tmp_path):
-  process = reproduce(tmp_path, "--table=5", "--norun", "--out", str(tmp_path))
+  process = reproduce(
+    tmp_path, "--table=5,6", "--norun", "--out", str(tmp_path)
+  )
   assert process.returncode == 0, process.stderr
+  # Table VI compares two networks, whatever --override says.
+  assert "--table=6: 18 of its 36 experiments have a model of" in process.stderr
+  assert "--table=5:" not in process.stderr
   assert "No result yet." in (tmp_path / "table-5.md").read_text()
   with open(tmp_path / "table-5.csv", newline="") as stream:
     rows = list(csv.DictReader(stream))
