@@ -8,9 +8,11 @@ aggregator or defence imports this module.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 from typing import Protocol
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -43,17 +45,21 @@ class LossHook(Protocol):
   ) -> Array:
     """Of one batch, what is added to its mean cross-entropy.
 
+    It is computed for every client, and left out for those that do not
+    attack.
+
     Args:
-      params: the local model.
+      params: the local model, in the type that training computes in
+        (`execution.compute_dtype`).
       activations: [batch, ..., neurons] of the target convolution, of the
-        images as they are trained on.
+        images as they are trained on, in the same type.
       labels: int [batch], of poisoned samples the target label.
       poisoned: bool [batch], which samples are backdoored.
       mask: bool [batch], which samples count.
       key: random key of this step.
 
     Returns:
-      A scalar, finite with its gradient.
+      A float32 scalar, finite with its gradient.
     """
 
 
@@ -529,8 +535,8 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   attacker without images of the target label plants the backdoor alone.
 
   Distances and lengths are those of a random projection to as many numbers as
-  there are classes, drawn anew in each step: they are right on average, and
-  need nothing of the network but that its last layer is known.
+  there are classes, drawn anew in each step: each is right on average, but for
+  a factor, and needs nothing of the network but that its last layer is known.
 
   Args:
     model: the network.
@@ -549,6 +555,8 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   """
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   path = models.classifier_path(model, shapes)
+  bias_path = (*path[:-1], "bias")
+  biased = bias_path in traverse_util.flatten_dict(shapes["head"])
 
   def loss(
     params: Params,
@@ -561,6 +569,9 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
     kernel = models.head_leaf(params, path)
     drawn = jax.random.normal(key, kernel.shape, kernel.dtype)
     projecting = models.with_head_leaf(params, path, drawn)
+    if biased:
+      nothing = jnp.zeros_like(models.head_leaf(params, bias_path))
+      projecting = models.with_head_leaf(projecting, bias_path, nothing)
     places = model.head(projecting, activations).astype(jnp.float32)
     clean = mask & ~poisoned
     backdoored = mask & poisoned
@@ -568,8 +579,10 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
     given = jax.lax.stop_gradient(places)
     length = _mean_of(jnp.square(given).sum(axis=1), clean.astype(jnp.float32))
     same = labels[:, jnp.newaxis] == labels[jnp.newaxis]
-    alike = (clean[jnp.newaxis] & same).astype(jnp.float32)
-    aims = jax.vmap(lambda weights: _mean_of(given, weights))(alike)
+    alike = clean[jnp.newaxis] & same
+    aims = jax.vmap(functools.partial(_mean_of, given))(
+      alike.astype(jnp.float32)
+    )
     counts = (backdoored & alike.any(axis=1)).astype(jnp.float32)
     distance = _mean_of(jnp.square(places - aims).sum(axis=1), counts)
     return weight * distance / jnp.maximum(length, 1e-12)

@@ -280,6 +280,11 @@ class Config:
   target_label: int = _setting(
     0, "Label they shall be taken for (AL).", low=0, structure=False
   )
+  attackers_hold_target: bool = _setting(
+    False,
+    "Deal attackers images of the target label too, not of the victim label"
+    " alone. What --attacker_latent needs.",
+  )
   trigger: str = _setting(
     "pixel5",
     "Backdoor pattern: so many pixels in the lower right corner, the one in"
@@ -347,10 +352,10 @@ class Config:
   )
   attacker_latent: float = _setting(
     0.0,
-    "Weight with which attackers train stamped images to have the target"
-    " label's features before the last layer, so that a server which replaces"
-    " that layer (fst) does not part them; they need images of the target"
-    " label. 0 does not.",
+    "Weight, beside cross-entropy, with which attackers train stamped images"
+    " to have the target label's features before the last layer, so that a"
+    " server that replaces that layer (fst) does not part them. They need"
+    " images of the target label: --attackers_hold_target. 0 does not.",
     low=0,
     high=1000,
   )

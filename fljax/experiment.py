@@ -167,12 +167,22 @@ def setup(
     clients = poison(federations.create(*everyone, **who))
     federation = parallel.place(clients, mesh)
   poisons = np.any(clients.poisoned, axis=1).tolist()
+  clean = np.asarray(clients.mask) & ~np.asarray(clients.poisoned)
+  holds_target = np.any(
+    clean & (np.asarray(clients.labels) == config.target_label), axis=1
+  ).tolist()
   for client in range(config.num_attackers):
     if not poisons[client]:
       raise errors.ConfigError(
         f"attacker {client} has no image of --victim_label="
         f"{config.victim_label} to backdoor, or too few samples for"
         f" --poison_fraction={config.poison_fraction:g}."
+      )
+    if config.attacker_latent and not holds_target[client]:
+      raise errors.ConfigError(
+        f"attacker {client} has no image of --target_label="
+        f"{config.target_label}, whose features --attacker_latent takes: add"
+        " --attackers_hold_target."
       )
 
   plan = plan or execution.plan_for()
@@ -384,9 +394,10 @@ def _partition(
   if config.partition == "iid":
     return held_out, partitions.iid(pool, **sizes)
   sizes["num_classes"] = dataset.num_classes
-  sizes["required"] = {
-    client: config.victim_label for client in range(config.num_attackers)
-  }
+  needed = [config.victim_label]
+  if config.attackers_hold_target:
+    needed.append(config.target_label)
+  sizes["required"] = dict.fromkeys(range(config.num_attackers), needed)
   if config.partition == "dirichlet":
     return held_out, partitions.dirichlet(
       labels, pool, alpha=config.dirichlet_alpha, **sizes

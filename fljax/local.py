@@ -146,7 +146,8 @@ def sgd_training(
   precision: str = "default",
   augmentation: str = "none",
   attackers_hook: Callable[[Params], Params] | None = None,
-  attackers_loss: Callable[..., Array] | None = None,
+  attackers_loss: Callable[[Params, Array, Array, Array, Array, Array], Array]
+  | None = None,
 ) -> LocalTraining:
   """Local epochs of mini-batch gradient descent.
 

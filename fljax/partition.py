@@ -7,6 +7,8 @@ server holds out for validation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +63,7 @@ def by_labels(
   samples_per_client: int,
   labels_per_client: int,
   num_classes: int,
-  required: dict[int, int],
+  required: Mapping[int, Sequence[int]],
   rng: np.random.Generator,
 ) -> Partition:
   """Gives each client images of K labels, every client equally many.
@@ -79,8 +81,8 @@ def by_labels(
     samples_per_client: n_i, the same for each client.
     labels_per_client: K.
     num_classes: number of labels.
-    required: client -> a label that it must hold (an attacker's victim
-      label).
+    required: client -> distinct labels that it must hold (an attacker's
+      victim label).
     rng: source of randomness.
 
   Returns:
@@ -102,6 +104,12 @@ def by_labels(
     raise errors.ConfigError(
       f"--samples_per_client={samples_per_client} cannot cover"
       f" {labels_per_client} labels."
+    )
+  most = max(map(len, required.values()), default=0)
+  if most > labels_per_client:
+    raise errors.ConfigError(
+      f"--labels_per_client={labels_per_client} leaves no room for the {most}"
+      " labels that an attacker must hold."
     )
   held = deal_labels(
     num_clients=num_clients,
@@ -137,7 +145,7 @@ def deal_labels(
   num_clients: int,
   labels_per_client: int,
   num_classes: int,
-  required: dict[int, int],
+  required: Mapping[int, Sequence[int]],
   rng: np.random.Generator,
 ) -> list[list[int]]:
   """Chooses the K distinct labels of each client, covering labels evenly.
@@ -146,16 +154,13 @@ def deal_labels(
     num_clients: number of clients.
     labels_per_client: K.
     num_classes: number of labels.
-    required: client -> a label that it must hold.
+    required: client -> distinct labels that it must hold, at most K.
     rng: source of randomness.
 
   Returns:
-    For each client its K labels, a required one first.
+    For each client its K labels, required ones first.
   """
-  held = [
-    [required[client]] if client in required else []
-    for client in range(num_clients)
-  ]
+  held = [list(required.get(client, ())) for client in range(num_clients)]
   dealt = np.zeros(num_classes, int)
   for own in held:
     dealt[own] += 1
@@ -204,7 +209,7 @@ def dirichlet(
   samples_per_client: int,
   alpha: float,
   num_classes: int,
-  required: dict[int, int],
+  required: Mapping[int, Sequence[int]],
   rng: np.random.Generator,
 ) -> Partition:
   """Splits every label over the clients in Dirichlet proportions.
@@ -220,7 +225,7 @@ def dirichlet(
     samples_per_client: mean number of images per client.
     alpha: concentration; small values give each client few labels.
     num_classes: number of labels.
-    required: client -> a label that it must hold.
+    required: client -> labels that it must hold.
     rng: source of randomness.
 
   Returns:
@@ -244,14 +249,14 @@ def dirichlet(
       for share, part in zip(shares, np.split(own, cuts), strict=True):
         share += part.tolist()
     if all(shares) and all(
-      (labels[shares[client]] == label).any()
-      for client, label in required.items()
+      np.isin(needed, labels[shares[client]]).all()
+      for client, needed in required.items()
     ):
       break
   else:
     raise errors.ConfigError(
       f"no Dirichlet({alpha}) partition in 1,000 draws gives every client"
-      " an image and every attacker one of the victim label: raise"
+      " an image and every attacker one of each label that it must hold: raise"
       " --dirichlet_alpha or --samples_per_client."
     )
   width = max(len(share) for share in shares)

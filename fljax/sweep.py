@@ -44,7 +44,8 @@ Config = configs.Config
 PAIRS = "pairs"
 _PAIR = ("victim_label", "target_label")
 # What of the attack means nothing before it begins (--attack_start). The
-# victim label is not among it: attackers are dealt images of that label.
+# victim label is not among it: attackers are dealt images of that label, and
+# of the target label only with --attackers_hold_target.
 _OF_ATTACK = ("target_label", "gamma", "attacker_learning_rate")
 
 
@@ -409,7 +410,8 @@ def _begin_together(
     if config.num_attackers and done < min(config.attack_start, config.rounds):
       settings = config.training()
       for name in _OF_ATTACK:
-        del settings[name]
+        if name != "target_label" or not config.attackers_hold_target:
+          del settings[name]
       groups.setdefault(repr((done, settings)), []).append(driver)
   for group in groups.values():
     if len(group) > 1 and not _begin(group, console):

@@ -106,16 +106,24 @@ _OVERRIDE = flags.DEFINE_multi_string(
   "override",
   [],
   "A setting of launch/main.py that replaces the flagfiles', as in"
-  " rounds=2; for trying things out.",
+  " rounds=2; for trying things out. Where an experiment is about a setting,"
+  " it keeps its own.",
 )
+# What --override cannot be given.
+_DECIDED = {
+  "cleanse": "the phases are what tables and figures show",
+  "seed": "use --seeds",
+  "workdir": "use --workdir",
+  "trained_in": "trained models are found in --workdir",
+}
 
 
 def bases(overrides: Sequence[str], data_dir: str) -> plan.Bases:
   """The settings of each data set, from its flagfile."""
-  if any(text.partition("=")[0] == "cleanse" for text in overrides):
-    raise errors.ConfigError(
-      "--override=cleanse: the phases are what tables and figures show."
-    )
+  for text in overrides:
+    name = text.partition("=")[0]
+    if name in _DECIDED:
+      raise errors.ConfigError(f"--override={name}: {_DECIDED[name]}.")
   found = {}
   for name, file in _FLAGFILES.items():
     values = flags.FlagValues()
@@ -171,10 +179,11 @@ def chosen(base: plan.Bases) -> dict[str, plan.Table | plan.Figure]:
     """Says which --override does nothing to some of its experiments."""
     configs_of = [cell.config for cell in cells_of(artefact).values()]
     for text in _OVERRIDE.value:
-      name = text.partition("=")[0].strip("-")
+      name = text.partition("=")[0]
+      # The same in every base.
+      wanted = getattr(base["mnist"], name, None)
       fixed = sum(
-        getattr(config, name, None) != getattr(base[config.dataset], name, None)
-        for config in configs_of
+        getattr(config, name, None) != wanted for config in configs_of
       )
       if fixed:
         print(

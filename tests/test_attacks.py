@@ -328,36 +328,78 @@ def test_a_latent_backdoors_distances_are_those_of_features(model, params):
 
 
 def test_only_active_attackers_train_with_their_loss(model, params):
+  federation, _ = make_federation(attackers=1)
+  client = federations.select(federation, 1)
+  stay, key = jnp.ones(model.neurons, bool), jax.random.key(0)
+
+  def large(params, *batch):
+    del batch
+    return jnp.square(models.target_kernel(model, params)).sum()
+
+  def trained(active, **options):
+    train = make_training(model, **options)
+    return train(params, client, stay, jnp.asarray(active), key)
+
+  plain, hooked = trained(False), trained(False, attackers_loss=large)
+  chex.assert_trees_all_equal(plain, hooked)
+  kernels = [
+    models.target_kernel(model, trained(True, **options)[0])
+    for options in ({}, {"attackers_loss": large})
+  ]
+  assert jnp.square(kernels[1]).sum() < 0.9 * jnp.square(kernels[0]).sum()
+
+
+def test_latent_attackers_have_stamped_images_with_features_of_the_target(
+  model, params
+):
   attack = attacks.latent_backdoor(model, 1.0)
   federation, _ = make_federation(attackers=1, samples=20, fraction=0.4)
   client = federations.select(federation, 0)
-  labels = client.labels.at[:8].set(TARGET)
-  client = client.replace(labels=labels)
-  stay, key = jnp.ones(model.neurons, bool), jax.random.key(0)
+  own = client.poisoned
+  aims = (jnp.arange(20) % 2 == 0) & ~own
+  client = client.replace(labels=jnp.where(aims, TARGET, client.labels))
+  assert own.any() and aims.any()
 
-  def trained(active, **options):
-    train = jax.jit(make_training(model, **options))
-    return train(params, client, stay, jnp.asarray(active), key)
+  def distance(**options):
+    after, _ = make_training(model, **options)(
+      params,
+      client,
+      jnp.ones(model.neurons, bool),
+      jnp.asarray(True),
+      jax.random.key(0),
+    )
+    images = jnp.where(
+      own.reshape(-1, 1, 1, 1),
+      triggers.stamp(client.images, client.trigger),
+      client.images,
+    )
+    features = model.activations(after, model.stem(after, images))
+    aim = features[aims].mean(axis=0)[jnp.newaxis]
+    length = jnp.square(features[~own]).mean()
+    return float(jnp.square(features[own] - aim).mean() / length)
 
-  hooked = {"attackers_loss": attack.loss}
-  chex.assert_trees_all_close(
-    trained(False), trained(False, **hooked), rtol=1e-6
+  assert distance(attackers_loss=attack.loss) < 0.9 * distance()
+
+
+def test_the_last_layer_has_no_part_in_a_latent_backdoor(model, params):
+  attack = attacks.latent_backdoor(model, 1.0)
+  path = models.classifier_path(model, params)
+  features = jnp.asarray(np.random.default_rng(0).random((6, 4, 4, 6)))
+  batch = (
+    features.astype(jnp.float32),
+    jnp.full(6, TARGET),
+    jnp.arange(6) < 2,
+    jnp.ones(6, bool),
+    jax.random.key(0),
   )
-  # The loss that is reported is the one that everybody has.
-  plain, latent = trained(True), trained(True, **hooked)
-  assert (client.labels == TARGET).any() and client.poisoned.any()
-  assert float(abs(plain[1] - latent[1])) < 0.5
-
-  def distance(params):
-    images = triggers.stamp(client.images, client.trigger)
-    features = model.activations(params, model.stem(params, images))
-    clean = model.activations(params, model.stem(params, client.images))
-    own = client.poisoned
-    aim = clean[(client.labels == TARGET) & ~own].mean(axis=0)
-    length = jnp.square(clean[~own]).mean()
-    return float(jnp.square(features[own] - aim[jnp.newaxis]).mean() / length)
-
-  assert distance(latent[0]) < 0.9 * distance(plain[0])
+  value, gradient = jax.value_and_grad(attack.loss)(params, *batch)
+  assert float(value) > 0
+  for leaf in (path, (*path[:-1], "bias")):
+    assert not models.head_leaf(gradient, leaf).any()
+    changed = models.with_head_leaf(
+      params, leaf, 1 + models.head_leaf(params, leaf)
+    )
+    assert float(attack.loss(changed, *batch)) == float(value)
 
 
 @given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))

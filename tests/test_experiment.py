@@ -264,7 +264,12 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"attack_images": "others", "client_chunk": 0, "conv": "lax"},
     {"attacker_reports": "promote", "attacker_limit": 2.0},
     {"attacker_avoids": "0,3", "num_attackers": 2},
-    {"attacker_latent": 1.0, "cleanse": "fst", "server_epochs": 1},
+    {
+      "attacker_latent": 1.0,
+      "attackers_hold_target": True,
+      "precision": "bfloat16",
+      "cleanse": "fst",
+    },
     {"cleanse": "fp,nc-prune,fine-pruning", "nc_steps": 3},
     {"cleanse": "fp,nc-unlearn", "nc_steps": 3},
     {"cleanse": "fp,fst,aw", "server_epochs": 1},
@@ -612,6 +617,14 @@ def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
     ({"model": "mnist_large"}, "too small"),
     ({"dataset": "missing.npz"}, "does not exist"),
     ({"poison_fraction": 0.001}, "attacker 0 has no image"),
+    (
+      {"attacker_latent": 1.0, "labels_per_client": 1},
+      "attacker 0 has no image of --target_label=1.*attackers_hold_target",
+    ),
+    (
+      {"attackers_hold_target": True, "labels_per_client": 1},
+      "labels_per_client=1 leaves no room for the 2 labels",
+    ),
     ({"attacker_avoids": "8"}, "attacker_avoids=8 does not fit --model=tiny"),
   ],
 )

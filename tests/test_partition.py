@@ -25,13 +25,14 @@ def _given_out(result):
   per_client=st.integers(1, 10),
   samples=st.integers(10, 60),
   attackers=st.integers(0, 3),
-  victim=st.integers(0, 9),
+  needed=st.lists(st.integers(0, 9), unique=True, min_size=1, max_size=2),
 )
 def test_by_labels_keeps_its_promises(
-  seed, clients, per_client, samples, attackers, victim
+  seed, clients, per_client, samples, attackers, needed
 ):
   held_out, pool, rng = _split(seed)
-  required = {client: victim for client in range(min(attackers, clients))}
+  needed = needed[:per_client]
+  required = {client: needed for client in range(min(attackers, clients))}
   result = partition.by_labels(
     LABELS,
     pool,
@@ -50,7 +51,7 @@ def test_by_labels_keeps_its_promises(
     assert len(names) == per_client
     assert counts.max() - counts.min() <= 1
     if client in required:
-      assert victim in names
+      assert set(needed) <= set(names)
 
 
 @given(
@@ -62,7 +63,7 @@ def test_by_labels_keeps_its_promises(
 def test_labels_are_covered_as_evenly_as_attackers_allow(
   seed, clients, per_client, attackers
 ):
-  required = {client: 4 for client in range(min(attackers, clients))}
+  required = {client: [4] for client in range(min(attackers, clients))}
   held = partition.deal_labels(
     num_clients=clients,
     labels_per_client=per_client,
@@ -104,7 +105,7 @@ def test_dirichlet_gives_out_everything_once(seed, clients, alpha):
     samples_per_client=100,
     alpha=alpha,
     num_classes=10,
-    required={0: 9},
+    required={0: [9, 2]},
     rng=rng,
   )
   out = _given_out(result)
@@ -112,7 +113,7 @@ def test_dirichlet_gives_out_everything_once(seed, clients, alpha):
   assert not np.intersect1d(out, held_out).size
   assert result.mask.any(axis=1).all()
   assert result.mask.any(axis=0).all()
-  assert 9 in LABELS[result.indices[0][result.mask[0]]]
+  assert {9, 2} <= set(LABELS[result.indices[0][result.mask[0]]])
 
 
 def test_dirichlet_concentration_decides_how_skewed_clients_are():
@@ -153,6 +154,7 @@ def test_hold_out_splits_everything(seed, size):
     ({"samples_per_client": 2000}, "more than exist: label . has run out"),
     ({"samples_per_client": 2}, "cannot cover 3 labels"),
     ({"labels_per_client": 11}, "labels_per_client=11"),
+    ({"labels_per_client": 1, "required": {3: [1, 2]}}, "for the 2 labels"),
   ],
 )
 def test_by_labels_refuses_the_impossible(changes, message):
@@ -192,6 +194,6 @@ def test_an_impossible_dirichlet_draw_is_refused():
       samples_per_client=5,
       alpha=0.5,
       num_classes=11,
-      required={0: 10},
+      required={0: [10]},
       rng=rng,
     )

@@ -270,6 +270,20 @@ def test_what_is_one_until_attackers_begin_is_trained_once(
     _assert_same(_left(ours), _left(theirs))
 
 
+def test_whose_images_depend_on_the_target_are_trained_apart(folder, capsys):
+  config = _config(
+    folder,
+    "holding",
+    attack_start=2,
+    attackers_hold_target=True,
+    labels_per_client=2,
+    rounds=2,
+    cleanse="",
+  )
+  sweep.run(sweep.expand(config, "pairs=3:1,3:2"), over="map")
+  assert "are one until attackers" not in capsys.readouterr().err
+
+
 def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
   config = _config(
     folder,
