@@ -116,6 +116,20 @@ def _mean_and_deviation(values: np.ndarray) -> tuple[float, float, int]:
   return float(known.mean()), spread, len(known)
 
 
+def _by_seed(values: np.ndarray) -> np.ndarray:
+  """Of every seed the mean over rows; one of all, if rows differ in seeds.
+
+  A deviation over seeds would then be one between rows.
+  """
+  known = ~np.isnan(values)
+  some = known.any(axis=1)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # A mean of nothing.
+    if (known[some] == known[some][:1]).all():
+      return np.nanmean(values, axis=0)
+    return np.nanmean(np.nanmean(values, axis=1), keepdims=True)
+
+
 def _digits(column: Column) -> int:
   return 1 if column.percent else 0
 
@@ -168,10 +182,7 @@ def table(
   ]
   average, differences = ["mean"], ["difference"]
   for k, column in enumerate(table.columns):
-    # Of every seed the mean over rows; over these mean and deviation.
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", RuntimeWarning)  # A mean of nothing.
-      by_seed = np.nanmean(values[:, :, k], axis=0)
+    by_seed = _by_seed(values[:, :, k])
     # The paper's over the same rows, unless there is none of ours yet.
     ours = ~np.isnan(values[:, :, k]).all(axis=1)
     known = [

@@ -169,6 +169,25 @@ def test_a_half_done_table_averages_what_there_is():
   assert "Seeds 0;" in text
 
 
+def test_between_rows_of_other_seeds_there_is_no_deviation():
+  def shown(seeds):
+    records = {
+      (row, variant, seed): make_record(
+        (0.9 + 0.1 * (row == "9 → 1"), 1.0), fp_aw=(0.9, 0.2), all=(0.95, 0.1)
+      )
+      for row, seed in zip(("9 → 0", "9 → 1", "9 → 1"), seeds, strict=True)
+      for variant in ("main", "total", "rap")
+    }
+    text = rendered(records).files["table-1.md"].decode()
+    return next(line for line in text.splitlines() if "| mean" in line)
+
+  # The mean of rows, however many seeds each has.
+  assert shown((0, 1, 1)).startswith("| mean | 95.0 (98.4) |")
+  assert shown((0, 0, 1)).startswith("| mean | 95.0 (98.4) |")
+  assert shown((1, 1, 1)).startswith("| mean | 95.0 (98.4) |")
+  assert "±" not in shown((0, 1, 1))
+
+
 def test_of_an_attack_without_a_result_nothing_is_said():
   table = discussion.discussion_2(BASES)
   record = make_record(
