@@ -530,9 +530,10 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   w/v times the mean squared distance between those of a backdoored image and
   the mean ones of the batch's clean images of its label; v is the mean
   squared length of clean images' features (their variance would be 0 where
-  there is one). So a server that replaces the last layer, or moves it away
-  from what it was (`baselines.feature_shift`), does not part the two. An
-  attacker without images of the target label plants the backdoor alone.
+  there is one). That is meant for a server that replaces the last layer, or
+  moves it away from what it was (`baselines.feature_shift`): it shall not
+  part the two. An attacker without images of the target label plants the
+  backdoor alone.
 
   Distances and lengths are those of a random projection to as many numbers as
   there are classes, drawn anew in each step: each is right on average, but for

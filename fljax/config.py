@@ -353,9 +353,9 @@ class Config:
   attacker_latent: float = _setting(
     0.0,
     "Weight, beside cross-entropy, with which attackers train stamped images"
-    " to have the target label's features before the last layer, so that a"
-    " server that replaces that layer (fst) does not part them. They need"
-    " images of the target label: --attackers_hold_target. 0 does not.",
+    " to have the target label's features before the last layer, against a"
+    " server that replaces that layer (fst). They need images of the target"
+    " label: --attackers_hold_target. 0 does not.",
     low=0,
     high=1000,
   )

@@ -167,10 +167,6 @@ def setup(
     clients = poison(federations.create(*everyone, **who))
     federation = parallel.place(clients, mesh)
   poisons = np.any(clients.poisoned, axis=1).tolist()
-  clean = np.asarray(clients.mask) & ~np.asarray(clients.poisoned)
-  holds_target = np.any(
-    clean & (np.asarray(clients.labels) == config.target_label), axis=1
-  ).tolist()
   for client in range(config.num_attackers):
     if not poisons[client]:
       raise errors.ConfigError(
@@ -178,12 +174,16 @@ def setup(
         f"{config.victim_label} to backdoor, or too few samples for"
         f" --poison_fraction={config.poison_fraction:g}."
       )
-    if config.attacker_latent and not holds_target[client]:
-      raise errors.ConfigError(
-        f"attacker {client} has no image of --target_label="
-        f"{config.target_label}, whose features --attacker_latent takes: add"
-        " --attackers_hold_target."
-      )
+  if config.attacker_latent:
+    clean = np.asarray(clients.mask) & ~np.asarray(clients.poisoned)
+    aims = clean & (np.asarray(clients.labels) == config.target_label)
+    for client in range(config.num_attackers):
+      if not aims[client].any():
+        raise errors.ConfigError(
+          f"attacker {client} has no image of --target_label="
+          f"{config.target_label}, whose features --attacker_latent takes: add"
+          " --attackers_hold_target."
+        )
 
   plan = plan or execution.plan_for()
   # A batch that divides evenly is evaluated by all devices.
