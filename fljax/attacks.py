@@ -12,7 +12,6 @@ import functools
 from typing import NamedTuple
 from typing import Protocol
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -42,6 +41,7 @@ class LossHook(Protocol):
     poisoned: Array,
     mask: Array,
     key: Array,
+    /,
   ) -> Array:
     """Of one batch, what is added to its mean cross-entropy.
 
@@ -194,17 +194,10 @@ def chain(*attacks: Attack) -> Attack:
 
   terms = [attack.loss for attack in attacks if attack.loss is not None]
 
-  def loss(
-    params: Params,
-    activations: Array,
-    labels: Array,
-    poisoned: Array,
-    mask: Array,
-    key: Array,
-  ) -> Array:
-    batch = params, activations, labels, poisoned, mask
+  def loss(params: Params, *batch_and_key: Array) -> Array:
+    *batch, key = batch_and_key
     added = [
-      term(*batch, jax.random.fold_in(key, index))
+      term(params, *(*batch, jax.random.fold_in(key, index)))
       for index, term in enumerate(terms)
     ]
     return jnp.stack(added).sum()
@@ -556,8 +549,7 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   """
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   path = models.classifier_path(model, shapes)
-  bias_path = (*path[:-1], "bias")
-  biased = bias_path in traverse_util.flatten_dict(shapes["head"])
+  bias_path = models.classifier_bias_path(shapes, path)
 
   def loss(
     params: Params,
@@ -570,7 +562,7 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
     kernel = models.head_leaf(params, path)
     drawn = jax.random.normal(key, kernel.shape, kernel.dtype)
     projecting = models.with_head_leaf(params, path, drawn)
-    if biased:
+    if bias_path is not None:
       nothing = jnp.zeros_like(models.head_leaf(params, bias_path))
       projecting = models.with_head_leaf(projecting, bias_path, nothing)
     places = model.head(projecting, activations).astype(jnp.float32)

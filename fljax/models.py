@@ -159,6 +159,14 @@ def classifier_path(model: Model, params: Params) -> tuple[str, ...]:
   return max(candidates)[1]
 
 
+def classifier_bias_path(
+  params: Params, path: tuple[str, ...]
+) -> tuple[str, ...] | None:
+  """Where the bias beside the kernel of `classifier_path` is, if it has one."""
+  bias = (*path[:-1], "bias")
+  return bias if bias in traverse_util.flatten_dict(params["head"]) else None
+
+
 def head_leaf(params: Params, path: tuple[str, ...]) -> Array:
   """A leaf of params["head"]."""
   return _get(params["head"], path)

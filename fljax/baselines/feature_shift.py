@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 
-from flax import traverse_util
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -85,8 +84,8 @@ def tune(
     return jax.random.uniform(key, like.shape, like.dtype, -bound, bound)
 
   start = models.with_head_leaf(params, path, drawn(kernel_key, before))
-  bias_path = (*path[:-1], "bias")
-  if bias_path in traverse_util.flatten_dict(params["head"]):
+  bias_path = models.classifier_bias_path(params, path)
+  if bias_path is not None:
     bias = models.head_leaf(params, bias_path)
     start = models.with_head_leaf(start, bias_path, drawn(bias_key, bias))
   optimizer = optax.chain(

@@ -157,10 +157,12 @@ def _with_head(head):
 
 
 def test_the_classifier_is_the_last_layer_of_as_many_as_classes():
-  assert models.classifier_path(*_with_head(_Head(11, 10))) == (
-    "Dense_11",
-    "kernel",
-  )
+  model, params = _with_head(_Head(11, 10))
+  path = models.classifier_path(model, params)
+  assert path == ("Dense_11", "kernel")
+  assert models.classifier_bias_path(params, path) == ("Dense_11", "bias")
+  params = {"head": {"Dense_11": {"kernel": params["head"]["Dense_11"]}}}
+  assert models.classifier_bias_path(params, path) is None
   with pytest.raises(errors.ConfigError, match="has no linear layer"):
     models.classifier_path(*_with_head(_Head(0, 11)))
 
