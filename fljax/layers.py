@@ -8,7 +8,10 @@ decided in `execution`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
+import functools
 import math
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -246,10 +249,33 @@ def max_pool(images: Array, *, form: str) -> Array:
     return nn.max_pool(images, (2, 2), strides=(2, 2))
   batch, height, width, channels = images.shape
   height, width = height // 2, width // 2
-  windows = images[:, : 2 * height, : 2 * width].reshape(
-    batch, height, 2, width, 2, channels
+  return _square_max(
+    images[:, : 2 * height, : 2 * width].reshape(
+      batch, height, 2, width, 2, channels
+    )
   )
-  return windows.max(axis=(2, 4))
+
+
+def _shared(cotangent: Array, windows: Sequence[Array]) -> list[Array]:
+  """A maximum's gradient with respect to each of four arrays.
+
+  Equal maxima share it. Whether one is the maximum is found by comparing the
+  four with each other, not with the maximum: XLA may compute what is pooled
+  once more for the gradient, in another fusion and rounded otherwise (seen for
+  batch normalisation on CPU), and then none would equal it.
+  """
+  chosen = [
+    functools.reduce(
+      jnp.logical_and,
+      (one >= other for other in windows if other is not one),
+    )
+    for one in windows
+  ]
+  count = functools.reduce(operator.add, (c.astype(jnp.int32) for c in chosen))
+  each = cotangent / count.astype(cotangent.dtype)
+  # Or XLA fuses the division into what follows, four times.
+  each = lax.optimization_barrier(each)
+  return [jnp.where(c, each, 0) for c in chosen]
 
 
 @jax.custom_vjp
@@ -262,23 +288,33 @@ def window_max(windows: Array) -> Array:
   return windows.max(axis=-2)
 
 
-def _window_max_forward(windows: Array) -> tuple[Array, tuple[Array, Array]]:
-  largest = windows.max(axis=-2)
-  return largest, (windows, largest)
+def _window_max_backward(windows: Array, cotangent: Array) -> tuple[Array]:
+  parts = _shared(cotangent, [windows[..., k, :] for k in range(4)])
+  return (jnp.stack(parts, axis=-2),)
 
 
-def _window_max_backward(
-  saved: tuple[Array, Array], cotangent: Array
-) -> tuple[Array]:
-  windows, largest = saved
-  chosen = windows == largest[..., jnp.newaxis, :]
-  each = cotangent / chosen.sum(axis=-2).astype(cotangent.dtype)
-  # Or XLA fuses the division into what follows, four times.
-  each = lax.optimization_barrier(each)
-  return (jnp.where(chosen, each[..., jnp.newaxis, :], 0),)
+window_max.defvjp(
+  lambda windows: (windows.max(axis=-2), windows), _window_max_backward
+)
 
 
-window_max.defvjp(_window_max_forward, _window_max_backward)
+@jax.custom_vjp
+def _square_max(squares: Array) -> Array:
+  """[batch, height, 2, width, 2, channels]: the maximum over both twos."""
+  return squares.max(axis=(2, 4))
+
+
+def _square_max_backward(squares: Array, cotangent: Array) -> tuple[Array]:
+  parts = _shared(
+    cotangent, [squares[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+  )
+  rows = [jnp.stack(parts[k : k + 2], axis=3) for k in (0, 2)]
+  return (jnp.stack(rows, axis=2),)
+
+
+_square_max.defvjp(
+  lambda squares: (squares.max(axis=(2, 4)), squares), _square_max_backward
+)
 
 
 class Conv(nn.Module):
@@ -339,6 +375,43 @@ class Conv(nn.Module):
     if self.then == "pool":
       out = max_pool(out, form=self.forms.pooling)
     return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation by channel; Flax's, at PyTorch's usual settings.
+
+  Parameters `scale` and `bias`, running statistics `mean` and `var`. In
+  training a batch is normalised by its own statistics, and a tenth of the way
+  to them is what the running ones move.
+  """
+
+  @nn.compact
+  def __call__(
+    self, inputs: Array, *, train: bool = False, mask: Array | None = None
+  ) -> Array:
+    """Normalises inputs [batch, ..., channels].
+
+    Args:
+      inputs: what to normalise.
+      train: whether by their own statistics.
+      mask: bool [batch], the samples of which those are; None for all.
+
+    Returns:
+      Of the same shape and type.
+    """
+    if mask is not None:
+      mask = mask.reshape((-1,) + (1,) * (inputs.ndim - 1))
+    norm = nn.BatchNorm(
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=inputs.dtype,
+      use_fast_variance=False,
+      name="norm",
+    )
+    # It computes in float32 what is bfloat16, which is a promotion.
+    with jax.numpy_dtype_promotion("standard"):
+      return norm(inputs, mask=mask)
 
 
 class Dense(nn.Module):

@@ -187,9 +187,9 @@ def sgd_training(
     mask: Array,
     active: Array,
     key: Array,
-  ) -> tuple[Array, Array]:
-    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    activations = model.activations(rounded, model.stem(rounded, images))
+  ) -> tuple[Array, tuple[Array, models.Statistics]]:
+    rounded = models.as_type(params, dtype)
+    activations, statistics = models.learn(model, rounded, images, mask)
     logits = model.head(rounded, activations).astype(jnp.float32)
     loss = cross_entropy(logits, labels, mask)
     kernel = models.target_kernel(model, params)
@@ -197,7 +197,7 @@ def sgd_training(
     if attackers_loss is not None:
       added = attackers_loss(rounded, activations, labels, poisoned, mask, key)
       total += jnp.where(active, added, 0.0)
-    return total, loss
+    return total, (loss, statistics)
 
   @execution.at_precision(precision)
   def train(
@@ -229,7 +229,7 @@ def sgd_training(
       stamped = triggers.stamp(images, client.trigger)
       poisoned = client.poisoned[indices]
       images = jnp.where(poisoned.reshape(-1, 1, 1, 1), stamped, images)
-      grads, loss = jax.grad(loss_fn, has_aux=True)(
+      grads, (loss, statistics) = jax.grad(loss_fn, has_aux=True)(
         params,
         images,
         client.labels[indices],
@@ -241,6 +241,8 @@ def sgd_training(
       updates, new_state = optimizer.update(grads, opt_state, params)
       updates = jax.tree.map(lambda leaf: rate * leaf, updates)
       new = optax.apply_updates(params, updates)
+      # Also undoes what the optimizer did to them: weight decay, for example.
+      new = models.with_statistics(new, statistics)
       if attackers_hook is not None:
         new = jax.tree.map(
           functools.partial(jnp.where, active), attackers_hook(new), new

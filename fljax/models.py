@@ -8,6 +8,12 @@ channel of the activations is one neuron. Which kernel, kernel axis and bias
 make a neuron is known here and nowhere else: others go through
 `target_kernel`, `with_target_kernel` and `mask_neurons`.
 
+Running statistics of batch normalisation are leaves of the parameters like
+any other: the server averages them with the rest, whatever its rule, and an
+attacker may send what it likes. Only what they mean differs, and only here
+and in `local`: a gradient step leaves them alone, a forward pass of training
+moves them.
+
 A user's own network joins through `from_flax`.
 """
 
@@ -15,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import inspect
 from typing import Any
 from typing import NamedTuple
 from typing import cast
@@ -30,6 +37,11 @@ from fljax import layers
 
 Array = jax.Array
 Params = dict[str, Any]
+# By part of the model, the running statistics that it keeps.
+Statistics = dict[str, Any]
+
+# Flax's name for them: in params["stem"] and params["target"].
+_STATISTICS = "batch_stats"
 
 
 class NeuronSums(NamedTuple):
@@ -67,11 +79,16 @@ class Model(NamedTuple):
     neurons: number of channels of the activations (P_L).
     kernel_path: where in params["target"] the target kernel is; its last
       axis is the neuron.
-    bias_path: likewise for the bias [neurons], or None.
+    neuron_paths: likewise for what else a neuron is made of, each
+      [neurons]: a bias, batch normalisation's scale and shift.
     image_shape: height, width, channels.
     num_classes: number of logits.
     neuron_sums: (params, activations) -> the head taken apart, which makes
       pruning curves fast; None where the head has no such form.
+    learn: (params, images, mask bool [batch]) -> activations as training has
+      them, normalised by the batch's own statistics, and the running ones
+      moved towards those; samples that do not count are left out. None where
+      nothing is normalised by batches.
   """
 
   init: Callable[[Array], Params]
@@ -80,16 +97,61 @@ class Model(NamedTuple):
   head: Callable[[Params, Array], Array]
   neurons: int
   kernel_path: tuple[str, ...]
-  bias_path: tuple[str, ...] | None
+  neuron_paths: tuple[tuple[str, ...], ...]
   image_shape: tuple[int, int, int]
   num_classes: int
   neuron_sums: Callable[[Params, Array], NeuronSums] | None = None
+  learn: Callable[[Params, Array, Array], tuple[Array, Statistics]] | None = (
+    None
+  )
 
 
 def apply(model: Model, params: Params, images: Array) -> Array:
   """Logits [batch, classes] of images [batch, height, width, channels]."""
   hidden = model.stem(params, images)
   return model.head(params, model.activations(params, hidden))
+
+
+def learn(
+  model: Model, params: Params, images: Array, mask: Array
+) -> tuple[Array, Statistics]:
+  """The part of a forward pass of training that precedes the head.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    images: [batch, height, width, channels].
+    mask: bool [batch], the samples that count.
+
+  Returns:
+    The activations, and the running statistics after this batch, for
+    `with_statistics`; without batch normalisation those of inference, and
+    nothing.
+  """
+  if model.learn is None:
+    return model.activations(params, model.stem(params, images)), {}
+  return model.learn(params, images, mask)
+
+
+def with_statistics(params: Params, statistics: Statistics) -> Params:
+  """The same parameters with other running statistics."""
+  changed = {
+    part: {**params[part], _STATISTICS: own} for part, own in statistics.items()
+  }
+  return {**params, **changed}
+
+
+def as_type(params: Params, dtype: jnp.dtype) -> Params:
+  """Parameters of another type, but for running statistics.
+
+  A hundredth of a batch's, added to them, would be rounded away.
+  """
+  kept = {
+    part: own[_STATISTICS] for part, own in params.items() if _STATISTICS in own
+  }
+  return with_statistics(
+    jax.tree.map(lambda leaf: leaf.astype(dtype), params), kept
+  )
 
 
 def target_kernel(model: Model, params: Params) -> Array:
@@ -106,7 +168,7 @@ def with_target_kernel(model: Model, params: Params, kernel: Array) -> Params:
 
 
 def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
-  """Removes neurons: their kernel and bias become zero.
+  """Removes neurons: their kernel, bias, scale and shift become zero.
 
   Guarantees: idempotent; a removed neuron's activation is exactly zero for
   every input (its ReLU, or any activation function with φ(0) = 0); all other
@@ -122,11 +184,10 @@ def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
     The masked parameters.
   """
   target = params["target"]
-  for path in (model.kernel_path, model.bias_path):
-    if path is not None:
-      leaf = _get(target, path)
-      keep = mask.reshape((1,) * (leaf.ndim - 1) + (-1,))
-      target = _set(target, path, jnp.where(keep, leaf, jnp.zeros_like(leaf)))
+  for path in (model.kernel_path, *model.neuron_paths):
+    leaf = _get(target, path)
+    keep = mask.reshape((1,) * (leaf.ndim - 1) + (-1,))
+    target = _set(target, path, jnp.where(keep, leaf, jnp.zeros_like(leaf)))
   return {**params, "target": target}
 
 
@@ -257,7 +318,24 @@ def from_flax(
     module = modules[part]
     if module is None:
       return inputs
-    return cast(Array, module.apply({"params": params[part]}, inputs))
+    variables = _variables(params[part])
+    how: dict[str, Any] = {"train": False} if _STATISTICS in variables else {}
+    return cast(Array, module.apply(variables, inputs, **how))
+
+  def run_in_training(
+    part: str, params: Params, inputs: Array, mask: Array
+  ) -> tuple[Array, Statistics]:
+    module = modules[part]
+    if module is None or _STATISTICS not in params[part]:
+      return run(part, params, inputs), {}
+    outputs, changed = module.apply(
+      _variables(params[part]),
+      inputs,
+      train=True,
+      mask=mask,
+      mutable=[_STATISTICS],
+    )
+    return outputs, {part: changed[_STATISTICS]}
 
   def init(key: Array) -> Params:
     params: Params = {}
@@ -266,21 +344,40 @@ def from_flax(
       module = modules[part]
       variables = {} if module is None else module.init(part_key, value)
       extra = set(variables) - {"params"}
+      if part != "head":
+        extra -= {_STATISTICS}
       if extra:
         raise errors.ConfigError(
           f"the model's {part} keeps {', '.join(sorted(extra))} beside its"
-          " parameters; federated averaging of such state (batch"
-          " normalisation, for example) is not defined here."
+          " parameters; only batch normalisation in stem and target may, as"
+          f" {_STATISTICS}."
         )
       params[part] = dict(variables.get("params", {}))
+      if _STATISTICS in variables:
+        _check_arguments(module, part)
+        params[part][_STATISTICS] = dict(variables[_STATISTICS])
       value = run(part, params, value)
     return params
 
-  def stem_apply(params: Params, images: Array) -> Array:
+  def prepared(params: Params, images: Array) -> Array:
     # Parameters of another type than float32 compute in it.
-    weights = jax.tree.leaves(params)
+    weights = jax.tree.leaves([_weights(own) for own in params.values()])
     dtype = weights[0].dtype if weights else jnp.float32
-    return run("stem", params, prepare(images, mean, std).astype(dtype))
+    return prepare(images, mean, std).astype(dtype)
+
+  def stem_apply(params: Params, images: Array) -> Array:
+    return run("stem", params, prepared(params, images))
+
+  def learn(
+    params: Params, images: Array, mask: Array
+  ) -> tuple[Array, Statistics]:
+    # Or the statistics of a batch of padding alone would not be numbers; what
+    # comes of such a batch is dropped.
+    mask = mask | ~mask.any()
+    inputs = prepared(params, images)
+    hidden, first = run_in_training("stem", params, inputs, mask)
+    active, last = run_in_training("target", params, hidden, mask)
+    return active, {**first, **last}
 
   def activations(params: Params, inputs: Array) -> Array:
     return run("target", params, inputs)
@@ -307,7 +404,7 @@ def from_flax(
       f"the model's head gives {logits.shape} for one image; it must give"
       f" (1, {num_classes})."
     )
-  leaves = traverse_util.flatten_dict(params["target"])
+  leaves = traverse_util.flatten_dict(_weights(params["target"]))
   if kernel is None:
     found = [path for path in leaves if path[-1] == "kernel"]
     if len(found) != 1:
@@ -321,9 +418,6 @@ def from_flax(
       f"the model's target has no kernel {'/'.join(kernel)} whose last axis"
       f" is its {neurons} neurons."
     )
-  bias: tuple[str, ...] | None = (*kernel[:-1], "bias")
-  if bias not in leaves:
-    bias = None
   model = Model(
     init=init,
     stem=stem_apply,
@@ -331,12 +425,49 @@ def from_flax(
     head=head_apply,
     neurons=neurons,
     kernel_path=kernel,
-    bias_path=bias,
+    neuron_paths=tuple(
+      path for path, leaf in leaves.items() if leaf.shape == (neurons,)
+    ),
     image_shape=image_shape,
     num_classes=num_classes,
+    learn=learn
+    if any(_STATISTICS in params[part] for part in ("stem", "target"))
+    else None,
   )
   _check_removable(model, params["target"], hidden)
   return model
+
+
+def _weights(own: Params) -> Params:
+  """A part's parameters without its running statistics."""
+  return {name: own[name] for name in own if name != _STATISTICS}
+
+
+def _variables(own: Params) -> dict[str, Any]:
+  """What Flax takes a part's parameters and statistics as."""
+  if _STATISTICS not in own:
+    return {"params": own}
+  # An update that an attacker amplifies may leave a variance below zero.
+  statistics = {
+    path: jnp.maximum(leaf, 0) if path[-1] == "var" else leaf
+    for path, leaf in traverse_util.flatten_dict(own[_STATISTICS]).items()
+  }
+  return {
+    "params": _weights(own),
+    _STATISTICS: traverse_util.unflatten_dict(statistics),
+  }
+
+
+def _check_arguments(module: nn.Module | None, part: str) -> None:
+  """Training and inference differ, and padding must not be counted."""
+  taken = inspect.signature(type(module).__call__).parameters
+  missing = [name for name in ("train", "mask") if name not in taken]
+  if missing:
+    raise errors.ConfigError(
+      f"the model's {part} normalises batches, so its __call__ must take"
+      f" train=False and mask=None (bool [batch]); {' and '.join(missing)}"
+      f" {'are' if missing[1:] else 'is'} missing."
+    )
 
 
 def _check_removable(model: Model, target: Any, hidden: Any) -> None:
@@ -370,27 +501,34 @@ class _Stem(nn.Module):
   spec: tuple[int | str, ...]
   size: int
   padding: int
+  norm: bool
   kernel_init: layers.Initializer
   forms: layers.Forms
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(
+    self, x: Array, *, train: bool = False, mask: Array | None = None
+  ) -> Array:
     for position, item in enumerate(self.spec):
       if item == "pool":
         continue
-      # ReLU is monotone: pooling first gives the same values and spares
-      # three quarters of it.
       pooled = self.spec[position + 1 : position + 2] == ("pool",)
-      x = nn.relu(
-        layers.Conv(
-          features=int(item),
-          size=self.size,
-          padding=self.padding,
-          kernel_init=self.kernel_init,
-          forms=self.forms,
-          then="pool" if pooled else "",
-        )(x)
-      )
+      # ReLU is monotone: pooling first gives the same values and spares
+      # three quarters of it. A normalisation may turn signs around.
+      early = pooled and not self.norm
+      x = layers.Conv(
+        features=int(item),
+        size=self.size,
+        padding=self.padding,
+        kernel_init=self.kernel_init,
+        forms=self.forms,
+        then="pool" if early else "pool later" if pooled else "",
+      )(x)
+      if self.norm:
+        x = layers.BatchNorm()(x, train=train, mask=mask)
+      x = nn.relu(x)
+      if pooled and not early:
+        x = layers.max_pool(x, form=self.forms.pooling)
     return x
 
 
@@ -401,21 +539,25 @@ class _Target(nn.Module):
   features: int
   size: int
   padding: int
+  norm: bool
   kernel_init: layers.Initializer
   forms: layers.Forms
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    return nn.relu(
-      layers.Conv(
-        features=self.features,
-        size=self.size,
-        padding=self.padding,
-        kernel_init=self.kernel_init,
-        forms=self.forms,
-        then="pool later" if self.pool else "",
-      )(x)
-    )
+  def __call__(
+    self, x: Array, *, train: bool = False, mask: Array | None = None
+  ) -> Array:
+    x = layers.Conv(
+      features=self.features,
+      size=self.size,
+      padding=self.padding,
+      kernel_init=self.kernel_init,
+      forms=self.forms,
+      then="pool later" if self.pool else "",
+    )(x)
+    if self.norm:
+      x = layers.BatchNorm()(x, train=train, mask=mask)
+    return nn.relu(x)
 
 
 class _Head(nn.Module):
@@ -478,9 +620,10 @@ class _Architecture(NamedTuple):
   padding: int
   pool: bool
   hidden: tuple[int, ...]
+  norm: bool = False
 
 
-def _vgg11(width: int) -> _Architecture:
+def _vgg11(width: int, *, norm: bool = False) -> _Architecture:
   """Configuration A, its first convolution of so many channels, not 64."""
   one, two, four, eight = (width * factor for factor in (1, 2, 4, 8))
   return _Architecture(
@@ -492,7 +635,8 @@ def _vgg11(width: int) -> _Architecture:
     size=3,
     padding=1,
     pool=True,
-    hidden=(eight, eight),
+    hidden=() if norm else (eight, eight),
+    norm=norm,
   )
 
 
@@ -510,6 +654,10 @@ MODELS = {
   "vgg11": _vgg11(64),
   # A quarter of the width: a sixteenth of the arithmetic, for CPUs.
   "vgg11_quarter": _vgg11(16),
+  # With batch normalisation and one fully connected layer, as is usual for
+  # CIFAR-10.
+  "vgg11_bn": _vgg11(64, norm=True),
+  "vgg11_bn_quarter": _vgg11(16, norm=True),
 }
 
 
@@ -569,13 +717,17 @@ def build(
     "kernel_init": layers.INITIALISERS[initialisation],
     "forms": forms or execution.plan_for().forms,
   }
-  window: dict[str, Any] = {"size": plan.size, "padding": plan.padding}
+  conv: dict[str, Any] = {
+    "size": plan.size,
+    "padding": plan.padding,
+    "norm": plan.norm,
+  }
   head = _Head(
     pool=plan.pool, hidden=plan.hidden, num_classes=num_classes, **shared
   )
   model = from_flax(
-    stem=_Stem(spec=plan.stem, **window, **shared),
-    target=_Target(pool=plan.pool, features=plan.target, **window, **shared),
+    stem=_Stem(spec=plan.stem, **conv, **shared),
+    target=_Target(pool=plan.pool, features=plan.target, **conv, **shared),
     head=head,
     image_shape=image_shape,
     num_classes=num_classes,

@@ -22,6 +22,8 @@ PAPERS = {
   "fashion_mnist": ((28, 28, 1), 64),
   "vgg11": ((32, 32, 3), 512),
   "vgg11_quarter": ((32, 32, 3), 128),
+  "vgg11_bn": ((32, 32, 3), 512),
+  "vgg11_bn_quarter": ((32, 32, 3), 128),
 }
 
 
@@ -38,6 +40,8 @@ def _convolutions_and_dense(params):
     ("fashion_mnist", [3, 2]),
     ("vgg11", [8, 3]),
     ("vgg11_quarter", [8, 3]),
+    ("vgg11_bn", [8, 1]),
+    ("vgg11_bn_quarter", [8, 1]),
   ],
 )
 def test_the_papers_networks_have_their_layers(name, counts):
@@ -165,7 +169,7 @@ def _own(**changes):
 def test_a_users_network_finds_its_kernel_and_bias():
   model = _own()
   assert model.kernel_path == ("Conv_0", "kernel")
-  assert model.bias_path == ("Conv_0", "bias")
+  assert model.neuron_paths == (("Conv_0", "bias"),)
   assert model.neurons == 6
 
 
@@ -177,7 +181,7 @@ def test_a_target_may_be_the_first_layer_and_have_no_bias():
 
   model = _own(stem=None, target=NoBias())
   params = model.init(jax.random.key(0))
-  assert model.bias_path is None and params["stem"] == {}
+  assert model.neuron_paths == () and params["stem"] == {}
   masked = models.mask_neurons(model, params, jnp.zeros(5, bool))
   assert float(jnp.abs(models.target_kernel(model, masked)).sum()) == 0
 
@@ -200,6 +204,13 @@ class _Norm(nn.Module):
     return nn.BatchNorm(use_running_average=False)(x)
 
 
+class _Counter(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    self.variable("count", "calls", lambda: jnp.zeros(()))
+    return x
+
+
 class _NoKernel(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -219,7 +230,8 @@ class _Narrow(nn.Module):
     ({"target": _Two()}, "2 kernels"),
     ({"target": _NoKernel()}, "0 kernels"),
     ({"target": Target(), "kernel": ("Dense_0", "kernel")}, "has no kernel"),
-    ({"stem": _Norm()}, "batch_stats"),
+    ({"stem": _Norm()}, "train and mask are missing"),
+    ({"stem": _Counter()}, "the model's stem keeps count"),
     ({"num_classes": 9}, r"must give\s+\(1, 9\)"),
     ({"head": _Narrow()}, "does not accept images"),
   ],
