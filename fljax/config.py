@@ -144,7 +144,12 @@ class Config:
     f"Data set: {', '.join(data.NAMES)}, or the path of an .npz file of"
     " images and labels.",
   )
-  model: str = _setting("mnist_large", "Network.", choices=tuple(models.MODELS))
+  model: str = _setting(
+    "mnist_large",
+    "Network. '_bn' has batch normalisation, whose running statistics the"
+    " server averages like weights.",
+    choices=tuple(models.MODELS),
+  )
   initialisation: str = _setting(
     "uniform",
     "Initial weights: 'uniform' is uniform in ±1/sqrt(fan_in), PyTorch's"

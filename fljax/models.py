@@ -144,7 +144,7 @@ def with_statistics(params: Params, statistics: Statistics) -> Params:
 def as_type(params: Params, dtype: jnp.dtype) -> Params:
   """Parameters of another type, but for running statistics.
 
-  A hundredth of a batch's, added to them, would be rounded away.
+  What a batch moves them by would be rounded away.
   """
   kept = {
     part: own[_STATISTICS] for part, own in params.items() if _STATISTICS in own

@@ -40,13 +40,15 @@ def own_data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  models.MODELS["tiny"] = TINY
+  tiny = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
+  models.MODELS.update(tiny)
   field = configs.Config.__dataclass_fields__["model"]
   choices = field.metadata["choices"]
-  field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
+  field.metadata = {**field.metadata, "choices": (*choices, *tiny)}
   yield
   field.metadata = {**field.metadata, "choices": choices}
-  del models.MODELS["tiny"]
+  for name in tiny:
+    del models.MODELS[name]
 
 
 @pytest.fixture
@@ -282,6 +284,21 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
       "fine_tune_aggregation": "trimmed_mean",
     },
     {"local_epochs": 2, "server_rate": 0.5, "initialisation": "he"},
+    {
+      "model": "tiny_bn",
+      "partition": "dirichlet",
+      "momentum": 0.5,
+      "weight_decay": 1e-3,
+      "gamma": 4.0,
+    },
+    {
+      "model": "tiny_bn",
+      "precision": "bfloat16",
+      "fine_tune_aggregation": "median",
+      "cleanse": "fp,ft,fst,nc-unlearn",
+      "server_epochs": 1,
+      "nc_steps": 3,
+    },
   ],
   ids=lambda changes: ",".join(changes),
 )
