@@ -502,7 +502,11 @@ def gain_limited(model: models.Model, times: float) -> Attack:
 
   Returns:
     An attack on local training.
+
+  Raises:
+    errors.ConfigError: batch normalisation follows the target convolution.
   """
+  models.require_plain_target(model, "limiting gains")
 
   def local(params: Params) -> Params:
     kernel = models.target_kernel(model, params)

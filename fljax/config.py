@@ -147,7 +147,8 @@ class Config:
   model: str = _setting(
     "mnist_large",
     "Network. '_bn' has batch normalisation, whose running statistics the"
-    " server averages like weights.",
+    " server averages like weights, and one fully connected layer instead of"
+    " three.",
     choices=tuple(models.MODELS),
   )
   initialisation: str = _setting(

@@ -199,6 +199,8 @@ def setup(
     )
   else:
     model, test = like.model, like.test
+  if config.pruning == configs.GAIN and "fp" in config.phases:
+    models.require_plain_target(model, f"--pruning={configs.GAIN}")
   attack = attacks.chain(attack, *_attacks_on(model, config))
   aggregator = aggregators.build(
     config.aggregation, trim=config.aggregation_trim

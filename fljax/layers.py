@@ -1,4 +1,4 @@
-"""Convolution and pooling whose form is chosen per backend.
+"""Convolution and pooling whose form is chosen per backend; normalisation.
 
 Values and gradients do not depend on the form (a property test holds them
 together); speed does, by an order of magnitude. Which form a backend gets is
@@ -256,7 +256,7 @@ def max_pool(images: Array, *, form: str) -> Array:
   )
 
 
-def _shared(cotangent: Array, windows: Sequence[Array]) -> list[Array]:
+def _max_gradient(cotangent: Array, windows: Sequence[Array]) -> list[Array]:
   """A maximum's gradient with respect to each of four arrays.
 
   Equal maxima share it. Whether one is the maximum is found by comparing the
@@ -289,7 +289,7 @@ def window_max(windows: Array) -> Array:
 
 
 def _window_max_backward(windows: Array, cotangent: Array) -> tuple[Array]:
-  parts = _shared(cotangent, [windows[..., k, :] for k in range(4)])
+  parts = _max_gradient(cotangent, [windows[..., k, :] for k in range(4)])
   return (jnp.stack(parts, axis=-2),)
 
 
@@ -305,7 +305,7 @@ def _square_max(squares: Array) -> Array:
 
 
 def _square_max_backward(squares: Array, cotangent: Array) -> tuple[Array]:
-  parts = _shared(
+  parts = _max_gradient(
     cotangent, [squares[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
   )
   rows = [jnp.stack(parts[k : k + 2], axis=3) for k in (0, 2)]
@@ -378,11 +378,12 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation by channel; Flax's, at PyTorch's usual settings.
+  """Batch normalisation by channel: Flax's, with PyTorch's momentum and ε.
 
   Parameters `scale` and `bias`, running statistics `mean` and `var`. In
   training a batch is normalised by its own statistics, and a tenth of the way
-  to them is what the running ones move.
+  to them is what the running ones move; PyTorch's running variance is the
+  unbiased one, this is not.
   """
 
   @nn.compact

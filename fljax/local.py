@@ -187,9 +187,9 @@ def sgd_training(
     mask: Array,
     active: Array,
     key: Array,
-  ) -> tuple[Array, tuple[Array, models.Statistics]]:
+  ) -> tuple[Array, tuple[Array, models.RunningStatistics]]:
     rounded = models.as_type(params, dtype)
-    activations, statistics = models.learn(model, rounded, images, mask)
+    activations, statistics = models.in_training(model, rounded, images, mask)
     logits = model.head(rounded, activations).astype(jnp.float32)
     loss = cross_entropy(logits, labels, mask)
     kernel = models.target_kernel(model, params)
@@ -242,7 +242,7 @@ def sgd_training(
       updates = jax.tree.map(lambda leaf: rate * leaf, updates)
       new = optax.apply_updates(params, updates)
       # Also undoes what the optimizer did to them: weight decay, for example.
-      new = models.with_statistics(new, statistics)
+      new = models.with_running_statistics(new, statistics)
       if attackers_hook is not None:
         new = jax.tree.map(
           functools.partial(jnp.where, active), attackers_hook(new), new

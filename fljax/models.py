@@ -3,9 +3,9 @@
     logits = head(activations(stem(images)))
 
 `stem` computes the input of the target convolution (the last one),
-`activations` applies that convolution and its ReLU, `head` is the rest. One
-channel of the activations is one neuron. Which kernel, kernel axis and bias
-make a neuron is known here and nowhere else: others go through
+`activations` applies that convolution, batch normalisation if there is one,
+and ReLU, `head` is the rest. One channel of the activations is one neuron.
+Which leaves make a neuron is known here and nowhere else: others go through
 `target_kernel`, `with_target_kernel` and `mask_neurons`.
 
 Running statistics of batch normalisation are leaves of the parameters like
@@ -29,7 +29,9 @@ from typing import cast
 from flax import linen as nn
 from flax import traverse_util
 import jax
+from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from fljax import errors
 from fljax import execution
@@ -38,7 +40,7 @@ from fljax import layers
 Array = jax.Array
 Params = dict[str, Any]
 # By part of the model, the running statistics that it keeps.
-Statistics = dict[str, Any]
+RunningStatistics = dict[str, Any]
 
 # Flax's name for them: in params["stem"] and params["target"].
 _STATISTICS = "batch_stats"
@@ -80,13 +82,14 @@ class Model(NamedTuple):
     kernel_path: where in params["target"] the target kernel is; its last
       axis is the neuron.
     neuron_paths: likewise for what else a neuron is made of, each
-      [neurons]: a bias, batch normalisation's scale and shift.
+      [neurons]: a bias; batch normalisation's scale, shift, running mean and
+      variance.
     image_shape: height, width, channels.
     num_classes: number of logits.
     neuron_sums: (params, activations) -> the head taken apart, which makes
       pruning curves fast; None where the head has no such form.
-    learn: (params, images, mask bool [batch]) -> activations as training has
-      them, normalised by the batch's own statistics, and the running ones
+    in_training: (params, images, mask bool [batch]) -> activations as training
+      has them, normalised by the batch's own statistics, and the running ones
       moved towards those; samples that do not count are left out. None where
       nothing is normalised by batches.
   """
@@ -101,9 +104,9 @@ class Model(NamedTuple):
   image_shape: tuple[int, int, int]
   num_classes: int
   neuron_sums: Callable[[Params, Array], NeuronSums] | None = None
-  learn: Callable[[Params, Array, Array], tuple[Array, Statistics]] | None = (
-    None
-  )
+  in_training: (
+    Callable[[Params, Array, Array], tuple[Array, RunningStatistics]] | None
+  ) = None
 
 
 def apply(model: Model, params: Params, images: Array) -> Array:
@@ -112,9 +115,9 @@ def apply(model: Model, params: Params, images: Array) -> Array:
   return model.head(params, model.activations(params, hidden))
 
 
-def learn(
+def in_training(
   model: Model, params: Params, images: Array, mask: Array
-) -> tuple[Array, Statistics]:
+) -> tuple[Array, RunningStatistics]:
   """The part of a forward pass of training that precedes the head.
 
   Args:
@@ -125,15 +128,17 @@ def learn(
 
   Returns:
     The activations, and the running statistics after this batch, for
-    `with_statistics`; without batch normalisation those of inference, and
-    nothing.
+    `with_running_statistics`; without batch normalisation those of inference,
+    and nothing.
   """
-  if model.learn is None:
+  if model.in_training is None:
     return model.activations(params, model.stem(params, images)), {}
-  return model.learn(params, images, mask)
+  return model.in_training(params, images, mask)
 
 
-def with_statistics(params: Params, statistics: Statistics) -> Params:
+def with_running_statistics(
+  params: Params, statistics: RunningStatistics
+) -> Params:
   """The same parameters with other running statistics."""
   changed = {
     part: {**params[part], _STATISTICS: own} for part, own in statistics.items()
@@ -149,9 +154,27 @@ def as_type(params: Params, dtype: jnp.dtype) -> Params:
   kept = {
     part: own[_STATISTICS] for part, own in params.items() if _STATISTICS in own
   }
-  return with_statistics(
+  return with_running_statistics(
     jax.tree.map(lambda leaf: leaf.astype(dtype), params), kept
   )
+
+
+def require_plain_target(model: Model, who: str) -> None:
+  """Refuses a target convolution that batch normalisation follows.
+
+  Args:
+    model: the network.
+    who: takes its kernel for what neurons weigh their inputs by, which then
+      also depends on their scales and variances.
+
+  Raises:
+    errors.ConfigError: it is one.
+  """
+  if any(path[0] == _STATISTICS for path in model.neuron_paths):
+    raise errors.ConfigError(
+      f"{who} goes by the weights of the last convolution, which batch"
+      " normalisation scales anew: it is for models without."
+    )
 
 
 def target_kernel(model: Model, params: Params) -> Array:
@@ -168,7 +191,7 @@ def with_target_kernel(model: Model, params: Params, kernel: Array) -> Params:
 
 
 def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
-  """Removes neurons: their kernel, bias, scale and shift become zero.
+  """Removes neurons: their kernel and all that follows it become zero.
 
   Guarantees: idempotent; a removed neuron's activation is exactly zero for
   every input (its ReLU, or any activation function with φ(0) = 0); all other
@@ -288,13 +311,21 @@ def from_flax(
   std: Sequence[float] = (1.0,),
   kernel: tuple[str, ...] | None = None,
 ) -> Model:
-  """Makes a model of three Flax modules that hold nothing but parameters.
+  """Makes a model of three Flax modules.
+
+  They hold nothing but parameters, or, in stem and target, the running
+  statistics of batch normalisation, Flax's "batch_stats". A module that has
+  them is called with `train=False` at inference, and in training with
+  `train=True` and the samples that count as `mask`, bool [batch]; that of
+  `flax.linen.BatchNorm` has the inputs' number of axes. They are kept in
+  params["stem"]["batch_stats"] and params["target"]["batch_stats"].
 
   Args:
     stem: everything before the target convolution; None if that is the first
       layer.
-    target: the convolution to prune and its activation function φ. Its
-      output's last axis is the neuron, and so is its kernel's.
+    target: the convolution to prune, batch normalisation if any, and the
+      activation function φ. Its output's last axis is the neuron, and so is
+      its kernel's.
     head: everything after; it ends in logits.
     image_shape: height, width, channels.
     num_classes: number of logits.
@@ -308,9 +339,9 @@ def from_flax(
 
   Raises:
     errors.ConfigError: the modules do not fit this form. All checks are done
-      here, without running the network: parts that do not fit together, a
-      state other than parameters, no unique kernel, φ(0) ≠ 0, a wrong number
-      of logits.
+      here, before anything is trained: parts that do not fit together, another
+      state, no unique kernel, φ(0) ≠ 0, neurons that are no one's own, a wrong
+      number of logits.
   """
   modules = {"stem": stem, "target": target, "head": head}
 
@@ -319,17 +350,20 @@ def from_flax(
     if module is None:
       return inputs
     variables = _variables(params[part])
-    how: dict[str, Any] = {"train": False} if _STATISTICS in variables else {}
-    return cast(Array, module.apply(variables, inputs, **how))
+    mode: dict[str, Any] = {"train": False} if _STATISTICS in variables else {}
+    return cast(Array, module.apply(variables, inputs, **mode))
 
   def run_in_training(
     part: str, params: Params, inputs: Array, mask: Array
-  ) -> tuple[Array, Statistics]:
+  ) -> tuple[Array, RunningStatistics]:
     module = modules[part]
     if module is None or _STATISTICS not in params[part]:
       return run(part, params, inputs), {}
+    variables = _variables(params[part])
+    # A module may look at them in training too, but no step shall move them.
+    variables[_STATISTICS] = lax.stop_gradient(variables[_STATISTICS])
     outputs, changed = module.apply(
-      _variables(params[part]),
+      variables,
       inputs,
       train=True,
       mask=mask,
@@ -368,9 +402,9 @@ def from_flax(
   def stem_apply(params: Params, images: Array) -> Array:
     return run("stem", params, prepared(params, images))
 
-  def learn(
+  def in_training(
     params: Params, images: Array, mask: Array
-  ) -> tuple[Array, Statistics]:
+  ) -> tuple[Array, RunningStatistics]:
     # Or the statistics of a batch of padding alone would not be numbers; what
     # comes of such a batch is dropped.
     mask = mask | ~mask.any()
@@ -391,6 +425,11 @@ def from_flax(
     hidden = jax.eval_shape(stem_apply, params, images)
     active = jax.eval_shape(activations, params, hidden)
     logits = jax.eval_shape(head_apply, params, active)
+    if normalising := any(_STATISTICS in own for own in params.values()):
+      # Of a size that is hardly that of another axis.
+      batch = jax.ShapeDtypeStruct((31, *image_shape), jnp.uint8)
+      counted = jax.ShapeDtypeStruct((31,), jnp.bool_)
+      jax.eval_shape(in_training, params, batch, counted)
   except (TypeError, ValueError, nn.module.errors.FlaxError) as error:
     if isinstance(error, errors.FljaxError):
       raise
@@ -425,14 +464,10 @@ def from_flax(
     head=head_apply,
     neurons=neurons,
     kernel_path=kernel,
-    neuron_paths=tuple(
-      path for path, leaf in leaves.items() if leaf.shape == (neurons,)
-    ),
+    neuron_paths=_neuron_paths(params["target"], kernel, neurons),
     image_shape=image_shape,
     num_classes=num_classes,
-    learn=learn
-    if any(_STATISTICS in params[part] for part in ("stem", "target"))
-    else None,
+    in_training=in_training if normalising else None,
   )
   _check_removable(model, params["target"], hidden)
   return model
@@ -470,33 +505,61 @@ def _check_arguments(module: nn.Module | None, part: str) -> None:
     )
 
 
-def _check_removable(model: Model, target: Any, hidden: Any) -> None:
-  """A neuron is removed by zeroing its weights, which needs φ(0) = 0."""
+def _neuron_paths(
+  target: Params, kernel: tuple[str, ...], neurons: int
+) -> tuple[tuple[str, ...], ...]:
+  """The kernel's bias, and what batch normalisation has for each neuron."""
+  leaves = traverse_util.flatten_dict(target)
+  found = [(*kernel[:-1], "bias")]
+  for path, leaf in leaves.items():
+    if path[0] == _STATISTICS and leaf.shape == (neurons,):
+      weights = [(*path[1:-1], name) for name in ("scale", "bias")]
+      found += [path, *weights]
+  return tuple(path for path in dict.fromkeys(found) if path in leaves)
 
-  def ones(shaped: Any) -> Array:
-    return jnp.ones(shaped.shape, shaped.dtype)
+
+def _check_removable(model: Model, target: Any, hidden: Any) -> None:
+  """A neuron is removed by zeroing what is its own; no other may notice."""
+  rng = np.random.default_rng(0)
+
+  def drawn(shaped: Any) -> Array:
+    return jnp.asarray(rng.uniform(0.1, 1, shaped.shape), shaped.dtype)
 
   # As arguments: of a convolution of constants under a maximum, XLA's CPU
   # backend (jax 0.10.2) returns memory that nobody has written.
   @jax.jit
-  def largest(params: Params, inputs: Array) -> Array:
-    return jnp.abs(model.activations(params, inputs)).max()
+  def activations(params: Params, inputs: Array) -> Array:
+    return model.activations(params, inputs)
 
-  params = {"target": jax.tree.map(ones, target)}
-  removed = mask_neurons(model, params, jnp.zeros(model.neurons, bool))
-  if largest(removed, ones(hidden)) != 0:
-    raise errors.ConfigError(
-      "the model's target gives a value other than zero where kernel and"
-      " bias are zero, so its neurons cannot be removed: it must be one"
-      " convolution and an activation function with φ(0) = 0, such as ReLU."
-    )
+  params = {"target": jax.tree.map(drawn, target)}
+  inputs = drawn(hidden)
+  before = activations(params, inputs)
+  stays = jnp.arange(model.neurons) % 2 == 1
+  for mask in (stays, jnp.zeros_like(stays)):
+    after = activations(mask_neurons(model, params, mask), inputs)
+    if (after[..., ~mask] != 0).any():
+      raise errors.ConfigError(
+        "the model's target gives a value other than zero where all of a"
+        " neuron is zero, so its neurons cannot be removed: it must be one"
+        " convolution, batch normalisation if any, and an activation function"
+        " with φ(0) = 0, such as ReLU."
+      )
+    if not jnp.allclose(after[..., mask], before[..., mask], rtol=1e-3):
+      raise errors.ConfigError(
+        "the model's target mixes its neurons: removing one changes others. It"
+        " must be one convolution, batch normalisation if any, and an"
+        " activation function of each neuron."
+      )
 
 
-# --- the paper's networks ----------------------------------------------------
+# --- the paper's networks, and VGG11 with batch normalisation ----------------
 
 
 class _Stem(nn.Module):
-  """Convolutions with ReLU, and 2 x 2 poolings, in the order of `spec`."""
+  """Convolutions with ReLU, and 2 x 2 poolings, in the order of `spec`.
+
+  With `norm`, batch normalisation comes between convolution and ReLU.
+  """
 
   spec: tuple[int | str, ...]
   size: int
@@ -533,7 +596,7 @@ class _Stem(nn.Module):
 
 
 class _Target(nn.Module):
-  """The last convolution and its ReLU."""
+  """The last convolution, batch normalisation with `norm`, and ReLU."""
 
   pool: bool
   features: int
@@ -623,7 +686,7 @@ class _Architecture(NamedTuple):
   norm: bool = False
 
 
-def _vgg11(width: int, *, norm: bool = False) -> _Architecture:
+def _vgg11(width: int) -> _Architecture:
   """Configuration A, its first convolution of so many channels, not 64."""
   one, two, four, eight = (width * factor for factor in (1, 2, 4, 8))
   return _Architecture(
@@ -635,8 +698,7 @@ def _vgg11(width: int, *, norm: bool = False) -> _Architecture:
     size=3,
     padding=1,
     pool=True,
-    hidden=() if norm else (eight, eight),
-    norm=norm,
+    hidden=(eight, eight),
   )
 
 
@@ -654,10 +716,10 @@ MODELS = {
   "vgg11": _vgg11(64),
   # A quarter of the width: a sixteenth of the arithmetic, for CPUs.
   "vgg11_quarter": _vgg11(16),
-  # With batch normalisation and one fully connected layer, as is usual for
-  # CIFAR-10.
-  "vgg11_bn": _vgg11(64, norm=True),
-  "vgg11_bn_quarter": _vgg11(16, norm=True),
+  # With batch normalisation and one fully connected layer instead of three, as
+  # is usual for CIFAR-10.
+  "vgg11_bn": _vgg11(64)._replace(norm=True, hidden=()),
+  "vgg11_bn_quarter": _vgg11(16)._replace(norm=True, hidden=()),
 }
 
 

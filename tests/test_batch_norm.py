@@ -22,11 +22,14 @@ import numpy as np
 import optax
 import pytest
 
+from fljax import aggregators
+from fljax import attacks
 from fljax import errors
 from fljax import federation as federations
 from fljax import layers
 from fljax import local
 from fljax import models
+from fljax.cleanse import pipeline
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -34,13 +37,17 @@ IMAGES = jnp.asarray(RNG.integers(0, 256, (6, *IMAGE_SHAPE), np.uint8))
 ALL = jnp.ones(6, bool)
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(forms=None):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, "tiny_bn", TINY._replace(norm=True))
     return models.build(
-      "tiny_bn", image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES
+      "tiny_bn", image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES, forms=forms
     )
+
+
+@pytest.fixture(scope="module")
+def model():
+  return build()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,8 @@ def test_every_convolution_has_its_statistics(model, params):
     for part in ("stem", "target")
     for name in ("mean", "var")
   ]
-  assert len(model.neuron_paths) == 3  # Bias, scale and shift.
+  # Bias, scale, shift, mean and variance.
+  assert len(model.neuron_paths) == len(set(model.neuron_paths)) == 5
 
 
 def test_inference_does_not_look_at_the_rest_of_the_batch(model, params):
@@ -104,7 +112,7 @@ def test_samples_that_do_not_count_change_nothing(model, params, seed, counted):
   other = jnp.asarray(rng.integers(0, 256, IMAGES.shape, np.uint8))
   mask = jnp.arange(6) < counted
   padded = jnp.where(mask.reshape(-1, 1, 1, 1), IMAGES, other)
-  learn = jax.jit(models.learn, static_argnums=0)
+  learn = jax.jit(models.in_training, static_argnums=0)
   active, moved = learn(model, params, padded, mask)
   expected, expected_moved = learn(
     model, params, IMAGES[:counted], jnp.ones(counted, bool)
@@ -124,7 +132,7 @@ def test_removed_neurons_are_silent_at_inference_and_in_training(
   after = model.activations(masked, model.stem(masked, IMAGES))
   assert (after[..., ~stays] == 0).all()
   chex.assert_trees_all_equal(after[..., stays], before[..., stays])
-  active, _ = models.learn(model, masked, IMAGES, ALL)
+  active, _ = models.in_training(model, masked, IMAGES, ALL)
   assert (active[..., ~stays] == 0).all()
 
 
@@ -152,8 +160,8 @@ def test_a_step_moves_statistics_by_the_batch_and_not_by_decay(
 ):
   trained, _ = train(model, params, precision=precision)
   found = statistics(trained)
-  _, moved = models.learn(model, params, IMAGES, ALL)
-  expected = statistics(models.with_statistics(params, moved))
+  _, moved = models.in_training(model, params, IMAGES, ALL)
+  expected = statistics(models.with_running_statistics(params, moved))
   close = 1e-4 if precision == "default" else 0.02
   for path, leaf in found.items():
     assert leaf.dtype == jnp.float32
@@ -205,16 +213,113 @@ def test_the_server_averages_statistics_like_weights(model):
     assert not np.allclose(leaf, before[path])
 
 
-def test_a_variance_below_zero_is_none(model, params):
+@settings(max_examples=4)
+@given(below=st.floats(-100, 0))
+def test_a_variance_below_zero_counts_as_zero(model, params, below):
   """What an amplified update may leave behind."""
-  below = models.with_statistics(
-    params,
-    {
-      part: jax.tree.map(lambda leaf: leaf - 100, params[part]["batch_stats"])
-      for part in ("stem", "target")
-    },
+
+  def with_variance(value):
+    leaves = traverse_util.flatten_dict(params)
+    changed = {
+      path: jnp.full_like(leaf, value) if path[-1] == "var" else leaf
+      for path, leaf in leaves.items()
+    }
+    return traverse_util.unflatten_dict(changed)
+
+  outputs = models.apply(model, with_variance(below), IMAGES)
+  assert jnp.isfinite(outputs).all()
+  chex.assert_trees_all_equal(
+    outputs, models.apply(model, with_variance(0.0), IMAGES)
   )
-  assert jnp.isfinite(models.apply(model, below, IMAGES)).all()
+
+
+def test_a_liar_about_statistics_does_not_move_a_trimmed_mean(model):
+  """One of four that sends statistics a thousand off: a rule of all leaves."""
+  federation, attack = make_federation(attackers=0)
+  state = make_state(model)
+  lies = jnp.arange(4) == 2
+
+  def lying(updates, cohort, active):
+    updates = attack.updates(updates, cohort, active)
+
+    def lie(path, leaf):
+      away = jnp.where(lies, 1000.0, 0.0)
+      away = away.reshape((-1,) + (1,) * (leaf.ndim - 1))
+      return leaf + away if "batch_stats" in str(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(lie, updates)
+
+  def after(sent, rule):
+    run = make_round(model, sent, aggregator=rule)
+    return statistics(jax.jit(run)(state, federation, KEY)[0].params)
+
+  honest = after(attack, aggregators.mean())
+  liar = attack._replace(updates=lying, rowwise=False)
+  trimmed = after(liar, aggregators.trimmed_mean(0.25))
+  mean = after(liar, aggregators.mean())
+  for path, leaf in honest.items():
+    assert float(jnp.abs(mean[path] - leaf).min()) > 200
+    assert float(jnp.abs(trimmed[path] - leaf).max()) < 5
+
+
+def test_an_attacker_that_avoids_neurons_sends_nothing_of_theirs(model):
+  """Section VI-B, attack 2: neither weights nor statistics."""
+  federation, attack = make_federation(attackers=1)
+  state = make_state(model)
+  one = jax.tree.map(lambda leaf: leaf[:1], federation)
+  chained = attacks.chain(attack, attacks.pruning_aware(model, [1, 4]))
+  training = make_training(model, attackers_hook=chained.local)
+  run = jax.jit(make_round(model, chained, training=training))
+  after, _ = run(state, one, KEY)
+  before = state.params["target"]
+  for path in (model.kernel_path, *model.neuron_paths):
+    old, new = (
+      np.asarray(traverse_util.flatten_dict(tree)[path])
+      for tree in (before, after.params["target"])
+    )
+    np.testing.assert_array_equal(new[..., [1, 4]], old[..., [1, 4]])
+    assert path[-1] == "bias" or (new[..., 0] != old[..., 0]).any()
+
+
+@pytest.mark.parametrize("conv", ["winograd", "slices", "lax"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_do_not_depend_on_the_form(params, conv, dtype):
+  """Pooling follows a normalisation that XLA may compute twice."""
+  rounded = models.as_type(params, jnp.dtype(dtype))
+  found = []
+  for forms in (layers.Forms(conv, "reshape"), layers.Forms("lax", "lax")):
+    network = build(forms)
+
+    def loss(params, network=network):
+      active, moved = models.in_training(network, params, IMAGES, ALL)
+      logits = network.head(params, active).astype(jnp.float32)
+      return jnp.square(logits).sum(), (moved, logits)
+
+    found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(rounded))
+  (value, (moved, _)), grads = found[0]
+  (expected, (expected_moved, _)), expected_grads = found[1]
+  close = 1e-3 if dtype == jnp.float32 else 0.1
+  assert float(value) == pytest.approx(float(expected), rel=close)
+  chex.assert_trees_all_close(moved, expected_moved, rtol=close, atol=close)
+  leaves, others = (
+    traverse_util.flatten_dict(tree) for tree in (grads, expected_grads)
+  )
+  for path in leaves:
+    # A bias before a normalisation has no gradient but rounding.
+    if "batch_stats" not in path and path[1:] != ("Conv_0", "bias"):
+      one, other = (
+        np.ravel(tree[path]).astype(np.float64) for tree in (leaves, others)
+      )
+      # Of eight bits many are equal, which forms share in ways of their own.
+      size = np.linalg.norm(one) * np.linalg.norm(other)
+      assert one @ other > (1 - close / 2) * size
+
+
+def test_what_goes_by_weights_alone_refuses_a_normalised_target(model, params):
+  with pytest.raises(errors.ConfigError, match="for models without"):
+    pipeline.prune_outliers(model, params)
+  with pytest.raises(errors.ConfigError, match="for models without"):
+    attacks.gain_limited(model, 1.0)
 
 
 # --- a user's own network ----------------------------------------------------
@@ -227,6 +332,41 @@ class NormStem(nn.Module):
     if mask is not None:
       mask = mask.reshape(-1, 1, 1, 1)
     return nn.relu(nn.BatchNorm(use_running_average=not train)(x, mask=mask))
+
+
+class NormTarget(nn.Module):
+  """Without a scale, as ReLU would undo it."""
+
+  @nn.compact
+  def __call__(self, x, train=False, mask=None):
+    x = nn.Conv(6, (3, 3))(x)
+    if mask is not None:
+      mask = mask.reshape(-1, 1, 1, 1)
+    norm = nn.BatchNorm(use_running_average=not train, use_scale=False)
+    return nn.relu(norm(x, mask=mask))
+
+
+class NormFirst(nn.Module):
+  """As many channels before the convolution as after it."""
+
+  @nn.compact
+  def __call__(self, x, train=False, mask=None):
+    if mask is not None:
+      mask = mask.reshape(-1, 1, 1, 1)
+    norm = nn.BatchNorm(use_running_average=not train)
+    return nn.relu(nn.Conv(3, (3, 3))(norm(x, mask=mask)))
+
+
+class Grouped(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.GroupNorm(num_groups=2)(nn.Conv(6, (3, 3))(x)))
+
+
+class FlatMask(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False, mask=None):
+    return nn.BatchNorm(use_running_average=not train)(x, mask=mask)
 
 
 class NoMask(nn.Module):
@@ -250,14 +390,21 @@ def own(**parts):
   )
 
 
-def test_a_users_network_may_normalise_batches():
-  model = own(stem=NormStem())
+@pytest.mark.parametrize(
+  "parts", [{"stem": NormStem()}, {"target": NormTarget()}], ids=lambda p: [*p]
+)
+def test_a_users_network_may_normalise_batches(parts):
+  model = own(**parts)
   params = model.init(KEY)
   trained, _ = train(model, params)
   before = statistics(params)
   assert len(before) == 2
   for path, leaf in statistics(trained).items():
     assert not np.allclose(leaf, before[path])
+  stays = jnp.arange(6) < 3
+  masked = models.mask_neurons(model, trained, stays)
+  active = model.activations(masked, model.stem(masked, IMAGES))
+  assert (active[..., ~stays] == 0).all() and (active[..., stays] > 0).any()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +412,9 @@ def test_a_users_network_may_normalise_batches():
   [
     ({"stem": NoMask()}, r"train=False and mask=None.*; mask is missing"),
     ({"head": NormHead()}, "the model's head keeps batch_stats"),
+    ({"stem": FlatMask()}, "does not accept images"),
+    ({"target": NormFirst()}, "mixes its neurons"),
+    ({"target": Grouped()}, "value other than zero"),
   ],
 )
 def test_what_cannot_be_normalised_is_refused(parts, message):

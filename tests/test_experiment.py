@@ -643,6 +643,7 @@ def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
       "labels_per_client=1 leaves no room for the 2 labels",
     ),
     ({"attacker_avoids": "8"}, "attacker_avoids=8 does not fit --model=tiny"),
+    ({"model": "tiny_bn", "pruning": "gain"}, "--pruning=gain goes by the"),
   ],
 )
 def test_what_does_not_fit_the_data_is_refused(config, changes, message):

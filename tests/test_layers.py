@@ -132,6 +132,31 @@ def test_forms_of_pooling_agree_in_value_and_gradient(height, width):
   )
 
 
+@settings(max_examples=8)
+@given(seed=st.integers(0, 99))
+def test_equal_maxima_share_the_gradient(seed):
+  rng = np.random.default_rng(seed)
+  images = jnp.asarray(rng.integers(0, 3, (2, 4, 6, 3)), jnp.float32)
+  weights = jax.random.normal(KEY, (2, 2, 3, 3))
+
+  def loss(images, form):
+    return (weights * layers.max_pool(images, form=form)).sum()
+
+  def grouped(images):
+    windows = images.reshape(2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+    return loss(windows.reshape(2, 2, 3, 4, 3), "reshape")
+
+  windows = np.asarray(images).reshape(2, 2, 2, 3, 2, 3)
+  largest = windows == windows.max(axis=(2, 4), keepdims=True)
+  share = largest / largest.sum(axis=(2, 4), keepdims=True)
+  expected = share * np.asarray(weights)[:, :, None, :, None]
+  for found in (
+    jax.jit(jax.grad(loss), static_argnums=1)(images, "reshape"),
+    jax.jit(jax.grad(grouped))(images),
+  ):
+    np.testing.assert_allclose(found, expected.reshape(images.shape), rtol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["slices", "lax"])
 def test_convolution_is_the_cross_correlation_written_out(form):
   images = np.asarray(jax.random.normal(KEY, (2, 6, 5, 2)))

@@ -210,7 +210,11 @@ def prune_outliers(
   Returns:
     The pruned model and how it came about; those that are pruned already come
     last in the order.
+
+  Raises:
+    errors.ConfigError: batch normalisation follows the target convolution.
   """
+  models.require_plain_target(model, "pruning by gain")
   gains = weights.gains(models.target_kernel(model, params))
   if neuron_mask is None:
     neuron_mask = jnp.ones(len(gains), bool)

@@ -64,7 +64,7 @@ def gains(kernel: Array) -> Array:
   Returns:
     [neurons], the largest of the sums of positive weights at one place: the
     most that a neuron rises, before its activation function, by what lies in
-    one cell of an input in [0, 1].
+    one cell of an input in [0, 1]. Without batch normalisation, that is.
 
   References:
     Weights alone, by another norm and of whole kernels: Data-free Backdoor
