@@ -474,7 +474,8 @@ def torch_network(name: str, shape: tuple[int, int, int]) -> Any:
       layers.append(nn.MaxPool2d(2))
       continue
     conv = nn.Conv2d(channels, int(item), plan.size, padding=plan.padding)
-    layers += [conv, nn.ReLU()]
+    norm = [nn.BatchNorm2d(int(item))] if plan.norm else []
+    layers += [conv, *norm, nn.ReLU()]
     channels = int(item)
   layers.append(nn.Flatten())
   empty = torch.zeros(1, shape[2], *shape[:2])

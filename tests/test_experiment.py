@@ -40,14 +40,14 @@ def own_data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  tiny = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
-  models.MODELS.update(tiny)
+  added = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
+  models.MODELS.update(added)
   field = configs.Config.__dataclass_fields__["model"]
   choices = field.metadata["choices"]
-  field.metadata = {**field.metadata, "choices": (*choices, *tiny)}
+  field.metadata = {**field.metadata, "choices": (*choices, *added)}
   yield
   field.metadata = {**field.metadata, "choices": choices}
-  for name in tiny:
+  for name in added:
     del models.MODELS[name]
 
 
