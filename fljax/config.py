@@ -19,7 +19,7 @@ from fljax import errors
 from fljax import execution
 from fljax import layers
 from fljax import local
-from fljax import models
+from fljax import networks
 from fljax import triggers
 from fljax.cleanse import pruning
 from fljax.cleanse import selection
@@ -149,7 +149,7 @@ class Config:
     "Network. '_bn' has batch normalisation, whose running statistics the"
     " server averages like weights, and one fully connected layer instead of"
     " three.",
-    choices=tuple(models.MODELS),
+    choices=tuple(networks.NETWORKS),
   )
   initialisation: str = _setting(
     "uniform",

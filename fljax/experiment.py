@@ -28,6 +28,7 @@ from fljax import federation as federations
 from fljax import layers
 from fljax import local
 from fljax import models
+from fljax import networks
 from fljax import parallel
 from fljax import partition as partitions
 from fljax import population as populations
@@ -264,7 +265,7 @@ def _model(
   normalisation: dict[str, tuple[float, ...]] = {}
   if config.normalisation == "standard":
     normalisation = {"mean": dataset.mean, "std": dataset.std}
-  return models.build(
+  return networks.build(
     config.model,
     image_shape=dataset.train_images.shape[1:],
     num_classes=dataset.num_classes,

@@ -167,7 +167,7 @@ def federated_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
   from fljax import federation as federations
   from fljax import layers
   from fljax import local
-  from fljax import models
+  from fljax import networks
   from fljax import parallel
   from fljax import partition as partitions
   from fljax import rounds
@@ -176,7 +176,7 @@ def federated_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
   samples = samples_of(workload, jax.default_backend())
   plan = execution.plan_for()
   conv = plan.forms.conv if _CONV.value == "auto" else _CONV.value
-  model = models.build(
+  model = networks.build(
     name,
     image_shape=shape,
     num_classes=10,
@@ -342,9 +342,9 @@ def training_flops(name: str, shape: tuple[int, int, int]) -> int:
   products: forward, the gradient of weights, and that of inputs but for the
   first layer's.
   """
-  from fljax import models
+  from fljax import networks
 
-  plan = models.MODELS[name]
+  plan = networks.NETWORKS[name]
 
   def taps(side: int) -> int:
     """Pairs of an output and an input that it sees, along one axis."""
@@ -459,13 +459,13 @@ def torch_round(workload: str) -> tuple[Callable[[], Any], dict[str, Any]]:
 
 
 def torch_network(name: str, shape: tuple[int, int, int]) -> Any:
-  """The same network as `models.build` makes."""
+  """The same network as `networks.build` makes."""
   import torch
   from torch import nn
 
-  from fljax import models
+  from fljax import networks
 
-  plan = models.MODELS[name]
+  plan = networks.NETWORKS[name]
   layers: list[Any] = []
   channels = shape[-1]
   tail: tuple[int | str, ...] = ("pool",) if plan.pool else ()

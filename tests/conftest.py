@@ -39,6 +39,7 @@ from fljax import attacks
 from fljax import federation as federations
 from fljax import local
 from fljax import models
+from fljax import networks
 from fljax import partition as partitions
 from fljax import rounds
 from fljax import triggers
@@ -62,7 +63,7 @@ VICTIM, TARGET = 3, 1
 TRIGGER = [(-1, -1), (-1, -2), (-2, -1), (-2, -2)]
 # A network for 8 x 8 images, and an experiment with it, so that whole runs take
 # seconds. It is no choice of --model until `MODELS` has it.
-TINY = models._Architecture((6, "pool"), 8, 3, 1, True, (16,))
+TINY = networks.Architecture((6, "pool"), 8, 3, 1, True, (16,))
 TINY_SETTINGS = {
   "model": "tiny",
   "num_clients": 4,

@@ -20,9 +20,9 @@ import planted  # noqa: E402
 
 from fljax import aggregators  # noqa: E402
 from fljax import attacks  # noqa: E402
-from fljax import models  # noqa: E402
+from fljax import networks  # noqa: E402
 
-models.MODELS["tiny"] = conftest.TINY
+networks.NETWORKS["tiny"] = conftest.TINY
 
 from fljax import config as configs  # noqa: E402
 from fljax import experiment  # noqa: E402

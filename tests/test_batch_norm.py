@@ -29,6 +29,7 @@ from fljax import federation as federations
 from fljax import layers
 from fljax import local
 from fljax import models
+from fljax import networks
 from fljax.cleanse import pipeline
 
 KEY = jax.random.key(0)
@@ -39,8 +40,8 @@ ALL = jnp.ones(6, bool)
 
 def build(forms=None):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, "tiny_bn", TINY._replace(norm=True))
-    return models.build(
+    patch.setitem(networks.NETWORKS, "tiny_bn", TINY._replace(norm=True))
+    return networks.build(
       "tiny_bn", image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES, forms=forms
     )
 

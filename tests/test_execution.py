@@ -15,6 +15,7 @@ from fljax import execution
 from fljax import federation as federations
 from fljax import layers
 from fljax import models
+from fljax import networks
 from fljax.cleanse import pruning
 from fljax.cleanse import reports
 from fljax.cleanse import weights
@@ -48,7 +49,7 @@ def precisions(function, *args):
 
 
 def built():
-  return models.build(
+  return networks.build(
     "mnist_small",
     image_shape=(16, 16, 1),
     num_classes=4,
@@ -125,7 +126,7 @@ def test_the_precision_of_training_is_a_setting(model, precision, federation):
 # In this type "winograd" is blocks and slices.
 @pytest.mark.parametrize("conv", ["winograd", "lax"])
 def test_all_products_of_training_have_bfloat16_factors(conv, federation):
-  network = models.build(
+  network = networks.build(
     "mnist_small",
     image_shape=(20, 20, 1),
     num_classes=4,

@@ -28,6 +28,7 @@ from fljax import config as configs
 from fljax import errors
 from fljax import experiment
 from fljax import models
+from fljax import networks
 from fljax import population as populations
 from fljax import workdir as workdirs
 from fljax.baselines import phases
@@ -41,14 +42,14 @@ def own_data(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
   added = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
-  models.MODELS.update(added)
+  networks.NETWORKS.update(added)
   field = configs.Config.__dataclass_fields__["model"]
   choices = field.metadata["choices"]
   field.metadata = {**field.metadata, "choices": (*choices, *added)}
   yield
   field.metadata = {**field.metadata, "choices": choices}
   for name in added:
-    del models.MODELS[name]
+    del networks.NETWORKS[name]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from fljax import errors
 from fljax import layers
 from fljax import models
+from fljax import networks
 
 PAPERS = {
   "mnist_small": ((28, 28, 1), 16),
@@ -46,7 +47,7 @@ def _convolutions_and_dense(params):
 )
 def test_the_papers_networks_have_their_layers(name, counts):
   shape, neurons = PAPERS[name]
-  model = models.build(name, image_shape=shape, num_classes=10)
+  model = networks.build(name, image_shape=shape, num_classes=10)
   params = jax.eval_shape(model.init, jax.random.key(0))
   assert _convolutions_and_dense(params) == counts
   assert model.neurons == neurons
@@ -60,7 +61,7 @@ def test_the_papers_networks_have_their_layers(name, counts):
 
 def test_channels_of_the_mnist_networks():
   for name, first, last in (("mnist_small", 8, 16), ("mnist_large", 20, 50)):
-    model = models.build(name, image_shape=(28, 28, 1), num_classes=10)
+    model = networks.build(name, image_shape=(28, 28, 1), num_classes=10)
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert params["stem"]["Conv_0"]["kernel"].shape == (5, 5, 1, first)
     assert models.target_kernel(model, params).shape == (5, 5, first, last)
@@ -76,7 +77,7 @@ def test_forms_of_layers_do_not_change_a_network(name):
     layers.Forms("slices", "reshape"),
     layers.Forms("lax", "lax"),
   ):
-    model = models.build(
+    model = networks.build(
       name, image_shape=(28, 28, 1), num_classes=10, forms=forms
     )
 
@@ -253,4 +254,4 @@ def test_what_is_no_model_is_refused(changes, message):
 def test_what_cannot_be_built_is_refused(name, options, message):
   options = {"image_shape": (28, 28, 1), "num_classes": 10, **options}
   with pytest.raises(errors.ConfigError, match=message):
-    models.build(name, **options)
+    networks.build(name, **options)

@@ -17,7 +17,7 @@ from fljax import driver
 from fljax import errors
 from fljax import execution
 from fljax import experiment
-from fljax import models
+from fljax import networks
 from fljax import sweep
 from fljax import workdir as workdirs
 
@@ -28,7 +28,7 @@ NAMES = ["seed=0,3-1", "seed=0,2-1", "seed=1,3-1", "seed=1,2-1"]
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
   """A network for 8 x 8 images, so that whole runs take seconds."""
-  models.MODELS["tiny"] = models._Architecture(
+  networks.NETWORKS["tiny"] = networks.Architecture(
     (6, "pool"), 8, 3, 1, True, (16,)
   )
   field = configs.Config.__dataclass_fields__["model"]
@@ -36,7 +36,7 @@ def tiny():
   field.metadata = {**before, "choices": (*before["choices"], "tiny")}
   yield
   field.metadata = before
-  del models.MODELS["tiny"]
+  del networks.NETWORKS["tiny"]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ jax.config.update("jax_platforms", "cpu")
 
 import conftest  # noqa: E402
 
-from fljax import models  # noqa: E402
+from fljax import networks  # noqa: E402
 
-models.MODELS["tiny"] = conftest.TINY
+networks.NETWORKS["tiny"] = conftest.TINY
 
 from fljax import config as configs  # noqa: E402
 from fljax import errors  # noqa: E402

@@ -11,7 +11,7 @@ from fljax import config as configs
 from fljax import driver
 from fljax import errors
 from fljax import experiment
-from fljax import models
+from fljax import networks
 from fljax.reproduction import archive
 from fljax.reproduction import plan
 from fljax.reproduction import store as stores
@@ -19,13 +19,13 @@ from fljax.reproduction import store as stores
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  models.MODELS["tiny"] = TINY
+  networks.NETWORKS["tiny"] = TINY
   field = configs.Config.__dataclass_fields__["model"]
   choices = field.metadata["choices"]
   field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
   yield
   field.metadata = {**field.metadata, "choices": choices}
-  del models.MODELS["tiny"]
+  del networks.NETWORKS["tiny"]
 
 
 @pytest.fixture(scope="module")
