@@ -27,16 +27,17 @@ NAMES = ["seed=0,3-1", "seed=0,2-1", "seed=1,3-1", "seed=1,2-1"]
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  """A network for 8 x 8 images, so that whole runs take seconds."""
-  networks.NETWORKS["tiny"] = networks.Architecture(
-    (6, "pool"), 8, 3, 1, True, (16,)
-  )
+  """Networks for 8 x 8 images, so that whole runs take seconds."""
+  plain = networks.Architecture((6, "pool"), 8, 3, 1, True, (16,))
+  added = {"tiny": plain, "tiny_bn": plain._replace(norm=True)}
+  networks.NETWORKS.update(added)
   field = configs.Config.__dataclass_fields__["model"]
   before = field.metadata
-  field.metadata = {**before, "choices": (*before["choices"], "tiny")}
+  field.metadata = {**before, "choices": (*before["choices"], *added)}
   yield
   field.metadata = before
-  del networks.NETWORKS["tiny"]
+  for name in added:
+    del networks.NETWORKS[name]
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +215,14 @@ def test_one_by_one_in_one_program_leaves_the_bits_of_single_runs(
   assert sweep.run(sweep.expand(config, SWEEP), quiet=True) == outcome
 
 
-def test_all_at_once_agrees_with_single_runs_to_rounding(folder, single):
-  config = _config(folder, "vmap")
+@pytest.mark.parametrize("model", ["tiny", "tiny_bn"])
+def test_all_at_once_agrees_with_single_runs_to_rounding(folder, single, model):
+  config = _config(folder, f"vmap {model}", model=model)
   outcome = sweep.run(sweep.expand(config, SWEEP), quiet=True, over="vmap")
   assert list(outcome.results) == NAMES
   for name in (NAMES[0], NAMES[3]):
-    one, two = _left(folder / "vmap" / name), single(name)
+    one = _left(Path(config.workdir) / name)
+    two = single(name, model=model)
     assert one["checkpoints"] == two["checkpoints"]
     for key, array in one["arrays"].items():
       np.testing.assert_allclose(
