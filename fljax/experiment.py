@@ -478,6 +478,7 @@ def use_devices(config: Config) -> None:
       cores = len(os.sched_getaffinity(0))
     wanted = min(cores, config.clients_per_round or config.num_clients)
   if wanted:
+    parallel.wait_for_slow_devices()
     try:
       jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:

@@ -146,7 +146,7 @@ class _Head(nn.Module):
 
 
 class Architecture(NamedTuple):
-  """Of a network of the family above, what `build` needs to know.
+  """What distinguishes one of these networks from another.
 
   Attributes:
     stem: channels of its convolutions before the last, and "pool".
@@ -214,7 +214,7 @@ def build(
   initialisation: str = "uniform",
   forms: layers.Forms | None = None,
 ) -> models.Model:
-  """Builds one of the paper's networks for images of any size that fits.
+  """Builds a network by its name, for images of any size that fits.
 
   Args:
     name: a key of `NETWORKS`.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,34 @@ Spec = jax.sharding.PartitionSpec
 
 AXIS = "clients"
 
+# How long XLA's CPU devices wait for each other, in seconds, before they say so
+# and before they end the process: each its own option.
+_PATIENCE = 86_400
+_TIMEOUTS = (
+  "xla_cpu_collective_call_warn_stuck_timeout_seconds",
+  "xla_cpu_collective_call_terminate_timeout_seconds",
+)
+
 
 # --- processes ---------------------------------------------------------------
+
+
+def wait_for_slow_devices() -> None:
+  """Lets a CPU's devices wait for each other for a day, before JAX starts.
+
+  By itself XLA aborts the process when one device has waited for another for a
+  minute. Many minutes of work may lie between two meetings, and another process
+  on one of the cores is enough to part them by more than that. What XLA_FLAGS
+  says about it already stays.
+
+  References:
+    openxla/xla#32115, "Make rendezvous timeouts configurable via flags".
+  """
+  given = os.environ.get("XLA_FLAGS", "")
+  options = [
+    f"--{name}={_PATIENCE}" for name in _TIMEOUTS if f"--{name}=" not in given
+  ]
+  os.environ["XLA_FLAGS"] = " ".join([given, *options]).strip()
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:

@@ -11,6 +11,8 @@
 #              installed
 #   table3     CIFAR-10, nine pairs, trained as one program; cleansed as the paper
 #              does, and by the server alone (beyond-6)
+#   table4     CIFAR-10's row of Table IV: Neural Cleanse and Fine-Pruning of the
+#              models of table3
 #   bfloat16   Table III, trained at bfloat16
 #   table1     the 18 pairs of Table I on SEEDS (default 0,1,2), as one program
 #   table5     what Table V adds to it
@@ -18,7 +20,7 @@
 #   mnist      Tables VI and VII, Section VI-B, the figures and robust
 #              fine-tuning, on seed 0
 #
-# Tables II and III need DATA, a TFDS directory. FLAGS are added to every run,
+# Tables II, III and IV need DATA, a TFDS directory. FLAGS are added to every run,
 # as in FLAGS='rounds=1 eval_every=1' to try things out; PYTHON is the
 # interpreter. Folders count from the repository's root. RUNS (default
 # runs/accelerator) is the --workdir of launch/reproduce.py; OUT (default RUNS)
@@ -60,9 +62,9 @@ measure() { # NAME FLAG...
     "${peer[@]}"
 }
 
-for name in ${*:-benchmark table3 bfloat16 table1 table5 table2 mnist}; do
+for name in ${*:-benchmark table3 table4 bfloat16 table1 table5 table2 mnist}; do
   case $name in
-    table2 | table3 | bfloat16)
+    table2 | table3 | table4 | bfloat16)
       if [[ -z $data ]]; then
         echo "$name: DATA must name a TFDS directory." >&2
         failed=1
@@ -80,6 +82,9 @@ for name in ${*:-benchmark table3 bfloat16 table1 table5 table2 mnist}; do
       ;;
     table3)
       reproduce table3 "$runs" --table=3 --beyond=6
+      ;;
+    table4)
+      reproduce table4 "$runs" --table=4 --datasets=cifar10
       ;;
     bfloat16)
       reproduce bfloat16 "$runs/bfloat16" --table=3 \

@@ -62,7 +62,7 @@ NUM_CLASSES = 4
 VICTIM, TARGET = 3, 1
 TRIGGER = [(-1, -1), (-1, -2), (-2, -1), (-2, -2)]
 # A network for 8 x 8 images, and an experiment with it, so that whole runs take
-# seconds. It is no choice of --model until `MODELS` has it.
+# seconds. It is no choice of --model until `networks.NETWORKS` has it.
 TINY = networks.Architecture((6, "pool"), 8, 3, 1, True, (16,))
 TINY_SETTINGS = {
   "model": "tiny",

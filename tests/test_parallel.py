@@ -1,6 +1,7 @@
 """Clients in chunks and over devices: the same results as one by one."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,36 @@ import pytest
 from fljax import errors
 from fljax import federation as federations
 from fljax import parallel
+
+# The second of two devices comes to their meeting four seconds late.
+_SKEWED = """
+import time
+from fljax import config, experiment
+experiment.use_devices(config.Config(cpu_devices=2))
+import jax, numpy as np
+mesh = jax.make_mesh((2,), ("d",))
+rows = jax.sharding.PartitionSpec("d")
+
+def late(index):
+  time.sleep(4 * int(index))
+  return np.float32(1)
+
+def meet(x):
+  index = jax.lax.axis_index("d")
+  shape = jax.ShapeDtypeStruct((), np.float32)
+  return jax.lax.psum(x * jax.pure_callback(late, shape, index), "d")
+
+x = jax.device_put(np.ones(2), jax.NamedSharding(mesh, rows))
+out = jax.sharding.PartitionSpec()
+total = jax.shard_map(
+  meet, mesh=mesh, in_specs=rows, out_specs=out, check_vma=False
+)
+print(jax.jit(total)(x))
+"""
+_HARDLY = " ".join(
+  f"--xla_cpu_collective_call_{name}_timeout_seconds=1"
+  for name in ("warn_stuck", "terminate")
+)
 
 
 def _clients(count):
@@ -66,6 +97,34 @@ def test_a_sum_over_clients_in_any_chunks(clients, chunk):
   values = parallel.map_clients(_yield, jnp.float32(2), federation, column)
   assert float(total) == pytest.approx(float(shares @ values["a"]), rel=1e-5)
   np.testing.assert_array_equal(ids, np.arange(clients))
+
+
+def test_devices_wait_for_each_other_as_long_as_xla_flags_say(monkeypatch):
+  name = "--xla_cpu_collective_call_terminate_timeout_seconds"
+  for xla_flags, expected in (("", f"{name}=86400"), (f"{name}=7", f"{name}=7")):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags)
+    for _ in range(2):
+      parallel.wait_for_slow_devices()
+    words = os.environ["XLA_FLAGS"].split()
+    assert [word for word in words if word.startswith(name)] == [expected]
+    assert len(words) == 2
+
+
+def test_devices_that_do_not_wait_abort(tmp_path):
+  """The options are XLA's, and `use_devices` sets them in time."""
+  script = tmp_path / "skew.py"
+  script.write_text(_SKEWED)
+  for xla_flags, aborts in (("", False), (_HARDLY, True)):
+    environment = {**os.environ, "XLA_FLAGS": xla_flags}
+    ended = subprocess.run(
+      [sys.executable, str(script)],
+      env=environment,
+      capture_output=True,
+      timeout=120,
+      check=False,
+    )
+    assert (ended.returncode != 0) == aborts, ended.stderr
+    assert (b"Termination timeout" in ended.stderr) == aborts
 
 
 def test_one_device_needs_no_mesh():

@@ -24,40 +24,35 @@ _READINGS = (
   " next neuron” (Section V-C). Read as the drop of one neuron, it is the"
   " paper's columns; “in all” bounds all pruned neurons together."
 )
-_LOSSES = (
+_IN_ALL = (
   "Pruning stops before it has cost more than 1% in all, as the paper's did"
   " here (72.4 to 71.9); “per neuron” is how Tables I and II read Section V-C,"
-  " “drops more than 1% after pruning the next neuron”. "
+  " “drops more than 1% after pruning the next neuron”."
 )
 _METHODS = (
   " Which method pruned in this table, the paper does not say; ours are votes"
   " (MVP), and ranks (RAP) on the right."
 )
 
-
 _TOTAL_RAP = ("total", "rap")
-# What the paper leaves open, beside how the flagfile reads it.
-_OTHERS: dict[str, dict[str, Any]] = {
-  "total": {"pruning_drop_of": "total"},
-  "neuron": {"pruning_drop_of": "neuron"},
-  "rap": {"pruning": "rap"},
+# What the paper leaves open, beside how the flagfile reads it: a heading, and
+# what changes.
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+  "total": ("{drop} in all", {"pruning_drop_of": "total"}),
+  "neuron": ("{drop} per neuron", {"pruning_drop_of": "neuron"}),
+  "rap": ("RAP", {"pruning": "rap"}),
 }
 
 
 def _of_readings(config: Config, readings: Sequence[str]) -> tuple[Column, ...]:
   """The columns of other readings than the flagfile's."""
   drop = f"{100 * config.pruning_drop:g}%"
-  names = {
-    "total": f"{drop} in all",
-    "neuron": f"{drop} per neuron",
-    "rap": "RAP",
-  }
   return tuple(
     column
     for reading in readings
     for column in plan.accuracies(
       *(
-        (f"{heading}, {names[reading]}", phase)
+        (f"{heading}, {_OTHERS[reading][0].format(drop=drop)}", phase)
         for heading, phase in (plan.FP_AW, plan.ALL)
       ),
       variant=reading,
@@ -77,7 +72,7 @@ def _rows_with_readings(
   def cells(config: Config) -> dict[str, Cell]:
     """The whole process, as it is and by what the paper leaves open."""
     others = {
-      reading: Cell(plan.changed(config, **_OTHERS[reading]))
+      reading: Cell(plan.changed(config, **_OTHERS[reading][1]))
       for reading in readings
     }
     return {"main": Cell(config), **others}
@@ -148,7 +143,7 @@ def table_3(bases: Bases) -> Table:
   return Table(
     "table-3",
     "Table III: CIFAR-10 under the Distributed Backdoor Attack",
-    _LOSSES + plan.JPEG,
+    f"{_IN_ALL} {plan.JPEG}",
     (
       *plan.accuracies(plan.TRAINING, plan.FP, plan.FP_AW, plan.ALL),
       *_of_readings(base, ("neuron",)),
