@@ -101,7 +101,8 @@ def test_a_sum_over_clients_in_any_chunks(clients, chunk):
 
 def test_devices_wait_for_each_other_as_long_as_xla_flags_say(monkeypatch):
   name = "--xla_cpu_collective_call_terminate_timeout_seconds"
-  for xla_flags, expected in (("", f"{name}=86400"), (f"{name}=7", f"{name}=7")):
+  own = f"{name}=7"
+  for xla_flags, expected in (("", f"{name}=86400"), (own, own)):
     monkeypatch.setenv("XLA_FLAGS", xla_flags)
     for _ in range(2):
       parallel.wait_for_slow_devices()
