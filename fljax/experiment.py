@@ -477,8 +477,8 @@ def use_devices(config: Config) -> None:
     if hasattr(os, "sched_getaffinity"):  # Linux: those that we may use.
       cores = len(os.sched_getaffinity(0))
     wanted = min(cores, config.clients_per_round or config.num_clients)
+  parallel.wait_for_slow_devices()
   if wanted:
-    parallel.wait_for_slow_devices()
     try:
       jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:

@@ -22,18 +22,37 @@ from fljax import models
 Array = jax.Array
 
 
-class _Stem(nn.Module):
-  """Convolutions with ReLU, and 2 x 2 poolings, in the order of `spec`.
+class _Convolutional(nn.Module):
+  """Convolutions of one kind, each with batch normalisation if `norm`."""
 
-  With `norm`, batch normalisation comes between convolution and ReLU.
-  """
-
-  spec: tuple[int | str, ...]
   size: int
   padding: int
   norm: bool
   kernel_init: layers.Initializer
   forms: layers.Forms
+
+  @nn.nowrap
+  def convolved(
+    self, x: Array, features: int, *, then: str, train: bool, mask: Array | None
+  ) -> Array:
+    """What ReLU sees; the layers are the calling module's."""
+    x = layers.Conv(
+      features=features,
+      size=self.size,
+      padding=self.padding,
+      kernel_init=self.kernel_init,
+      forms=self.forms,
+      then=then,
+    )(x)
+    if self.norm:
+      x = layers.BatchNorm()(x, train=train, mask=mask)
+    return x
+
+
+class _Stem(_Convolutional):
+  """Convolutions with ReLU, and 2 x 2 poolings, in the order of `spec`."""
+
+  spec: tuple[int | str, ...]
 
   @nn.compact
   def __call__(
@@ -46,48 +65,29 @@ class _Stem(nn.Module):
       # ReLU is monotone: pooling first gives the same values and spares
       # three quarters of it. A normalisation may turn signs around.
       early = pooled and not self.norm
-      x = layers.Conv(
-        features=int(item),
-        size=self.size,
-        padding=self.padding,
-        kernel_init=self.kernel_init,
-        forms=self.forms,
-        then="pool" if early else "pool later" if pooled else "",
-      )(x)
-      if self.norm:
-        x = layers.BatchNorm()(x, train=train, mask=mask)
-      x = nn.relu(x)
+      then = "pool" if early else "pool later" if pooled else ""
+      x = nn.relu(
+        self.convolved(x, int(item), then=then, train=train, mask=mask)
+      )
       if pooled and not early:
         x = layers.max_pool(x, form=self.forms.pooling)
     return x
 
 
-class _Target(nn.Module):
-  """The last convolution, batch normalisation with `norm`, and ReLU."""
+class _Target(_Convolutional):
+  """The last convolution, and ReLU."""
 
   pool: bool
   features: int
-  size: int
-  padding: int
-  norm: bool
-  kernel_init: layers.Initializer
-  forms: layers.Forms
 
   @nn.compact
   def __call__(
     self, x: Array, *, train: bool = False, mask: Array | None = None
   ) -> Array:
-    x = layers.Conv(
-      features=self.features,
-      size=self.size,
-      padding=self.padding,
-      kernel_init=self.kernel_init,
-      forms=self.forms,
-      then="pool later" if self.pool else "",
-    )(x)
-    if self.norm:
-      x = layers.BatchNorm()(x, train=train, mask=mask)
-    return nn.relu(x)
+    then = "pool later" if self.pool else ""
+    return nn.relu(
+      self.convolved(x, self.features, then=then, train=train, mask=mask)
+    )
 
 
 class _Head(nn.Module):

@@ -24,9 +24,10 @@ from fljax import parallel
 
 # The second of two devices comes to their meeting four seconds late.
 _SKEWED = """
-import time
+import os, time
 from fljax import config, experiment
-experiment.use_devices(config.Config(cpu_devices=2))
+experiment.use_devices(config.Config())
+print(os.environ["XLA_FLAGS"])
 import jax, numpy as np
 mesh = jax.make_mesh((2,), ("d",))
 rows = jax.sharding.PartitionSpec("d")
@@ -112,11 +113,15 @@ def test_devices_wait_for_each_other_as_long_as_xla_flags_say(monkeypatch):
 
 
 def test_devices_that_do_not_wait_abort(tmp_path):
-  """The options are XLA's, and `use_devices` sets them in time."""
+  """The options are XLA's, and set whoever divided the CPU."""
   script = tmp_path / "skew.py"
   script.write_text(_SKEWED)
   for xla_flags, aborts in (("", False), (_HARDLY, True)):
-    environment = {**os.environ, "XLA_FLAGS": xla_flags}
+    environment = {
+      **os.environ,
+      "XLA_FLAGS": xla_flags,
+      "JAX_NUM_CPU_DEVICES": "2",
+    }
     ended = subprocess.run(
       [sys.executable, str(script)],
       env=environment,
@@ -126,6 +131,7 @@ def test_devices_that_do_not_wait_abort(tmp_path):
     )
     assert (ended.returncode != 0) == aborts, ended.stderr
     assert (b"Termination timeout" in ended.stderr) == aborts
+    assert (b"terminate_timeout_seconds=86400" in ended.stdout) != aborts
 
 
 def test_one_device_needs_no_mesh():
