@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from typing import Any
 
 import tqdm
 
 from fljax import __version__
+
+# Where there is no terminal, what measures no TA says this often that it lives.
+_SECONDS_BETWEEN = 30
 
 
 def percent(fraction: float | None) -> str:
@@ -36,30 +40,48 @@ class Console:
     else:
       print(text, file=sys.stderr, flush=True)
 
-  def start(self, name: str, total: int, done: int) -> None:
-    """Begins a series of rounds."""
-    self._name, self._total = name, total
+  def start(
+    self, name: str, total: int, done: int, unit: str = "round"
+  ) -> None:
+    """Begins a series of rounds, or of other units."""
+    self._name, self._total, self._unit = name, total, unit
+    self._told = time.monotonic()
     if not self._quiet and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         desc=self._prefix + name,
         total=total,
         initial=done,
-        unit="round",
+        unit=unit,
         dynamic_ncols=True,
         file=sys.stderr,
       )
 
-  def advance(self, done: int, accuracy: float, success: float | None) -> None:
-    """Shows where the series stands after `done` rounds."""
+  def advance(
+    self,
+    done: int,
+    accuracy: float | None = None,
+    success: float | None = None,
+  ) -> None:
+    """Shows where the series stands after `done` units.
+
+    Args:
+      done: of the total.
+      accuracy: TA, where it was measured. What is not measured is told less
+        often where there is no terminal.
+      success: AA, likewise.
+    """
+    measured = ""
+    if accuracy is not None:
+      measured = f"TA {percent(accuracy)}  AA {percent(success)}"
     if self._bar is not None:
-      self._bar.set_postfix_str(
-        f"TA {percent(accuracy)} AA {percent(success)}", refresh=False
-      )
+      self._bar.set_postfix_str(measured.replace("  ", " "), refresh=False)
       self._bar.update(done - self._bar.n)
-    else:
+      return
+    now = time.monotonic()
+    if measured or now - self._told >= _SECONDS_BETWEEN:
+      self._told = now
       self.say(
-        f"{self._name}: round {done}/{self._total}  TA {percent(accuracy)} "
-        f" AA {percent(success)}"
+        f"{self._name}: {self._unit} {done}/{self._total}  {measured}".rstrip()
       )
 
   def stop(self) -> None:

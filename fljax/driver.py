@@ -64,8 +64,9 @@ def interrupted(stop: Stop, path: Any) -> errors.InterruptedRunError:
 class Stop:
   """Whether someone asked the run to stop.
 
-  The first SIGTERM or Ctrl-C lets the block of rounds finish and be saved;
-  the second has its usual effect.
+  The first SIGTERM or Ctrl-C lets the block of rounds finish and be saved, or
+  a phase come to the next place where it can be left; the second has its
+  usual effect.
   """
 
   def __init__(self) -> None:
@@ -363,8 +364,9 @@ class Driver:
     if kind in run_phase:
       state, facts, curve = run_phase[kind](name, state)
     else:
-      state, facts, curve = self._mitigate(kind, state)
+      state, facts, curve = self._mitigate(name, kind, state)
     jax.block_until_ready(state)
+    self.console.stop()
     # What another phase found for this one counts as if it had been done here.
     seconds = time.perf_counter() - started + facts.pop("seconds_before", 0.0)
     self._record(name, state, seconds, **facts)
@@ -590,7 +592,9 @@ class Driver:
     }
     return state.replace(params=adjusted.params), facts, curve
 
-  def _mitigate(self, kind: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
+  def _mitigate(
+    self, name: str, kind: str, state: Any
+  ) -> tuple[Any, dict[str, Any], Any]:
     """A baseline, with images of the server's own; it has no curve."""
     config, experiment = self.config, self.experiment
     subject = (experiment.model, state.params)
@@ -616,6 +620,7 @@ class Driver:
         target=config.target_label,
         settings=phases.ORACLE._replace(steps=config.nc_steps),
         mesh=experiment.mesh,
+        on_progress=self._progress(name),
         max_drop=config.pruning_drop,
         **tuning,
       )
@@ -638,7 +643,7 @@ class Driver:
       )
     else:
       assert experiment.validation is not None
-      suspects, before = self._suspects(state, key=tuning["key"])
+      suspects, before = self._suspects(name, state, key=tuning["key"])
       mitigated = phases.cleanse(
         *subject,
         state.neuron_mask,
@@ -663,8 +668,24 @@ class Driver:
     after = parallel.replicate(after, experiment.mesh)
     return after, mitigated.facts, lambda: iter(())
 
+  def _progress(self, name: str) -> phases.OnProgress:
+    """Shows how far a phase is, and ends it if someone asked for that."""
+    shown: str | None = None
+
+    def tell(what: str, done: int, total: int) -> None:
+      nonlocal shown
+      if what != shown:
+        self.console.stop()
+        self.console.start(f"{name}: {what}", total, 0, unit="step")
+        shown = what
+      self.console.advance(done)
+      # Nothing of this phase is saved before its end.
+      self._check_stop()
+
+    return tell
+
   def _suspects(
-    self, state: Any, *, key: Array
+    self, name: str, state: Any, *, key: Array
   ) -> tuple[phases.Suspects, float]:
     """What Neural Cleanse finds, once per model; and seconds spent before."""
     if self._found is not None and self._found[0] is state.params:
@@ -681,6 +702,7 @@ class Driver:
         learning_rate=config.nc_learning_rate, steps=config.nc_steps
       ),
       mesh=experiment.mesh,
+      on_progress=self._progress(name),
     )
     self._found = (state.params, suspects, time.perf_counter() - started)
     return suspects, 0.0

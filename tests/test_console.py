@@ -30,6 +30,28 @@ def test_the_table_shows_runs_without_attackers():
   assert lines[2].split() == ["training", "50.0", "-", "2.0"]
 
 
+def test_where_there_is_no_terminal_what_measures_nothing_is_told_rarely(
+  capsys, monkeypatch
+):
+  clock = [0.0]
+  monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+  shown = console.Console(prefix="a ")
+  shown.start("nc-prune: reversing triggers", 100, 0, unit="step")
+  for done in range(0, 101, 5):
+    shown.advance(done)
+    clock[0] += 4
+  shown.start("training", 2, 0)
+  shown.advance(1, 0.5, None)
+  shown.advance(2, 0.75, 0.5)
+  shown.stop()
+  assert capsys.readouterr().err.splitlines() == [
+    "a nc-prune: reversing triggers: step 40/100",
+    "a nc-prune: reversing triggers: step 80/100",
+    "a training: round 1/2  TA 50.0  AA -",
+    "a training: round 2/2  TA 75.0  AA 50.0",
+  ]
+
+
 def test_the_summary_averages_over_runs():
   runs = [_results(0.9, 0.0), _results(1.0, 0.5)]
   lines = console.summary(runs).splitlines()

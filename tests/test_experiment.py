@@ -572,6 +572,29 @@ def test_a_signal_saves_and_the_run_goes_on(
   _assert_same(uninterrupted, _final(stopped))
 
 
+def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch):
+  config = _with(config, rounds=1, cleanse="nc-prune", nc_steps=50)
+  advance = experiment.consoles.Console.advance
+  told = []
+
+  def stopping(self, done, *arguments):
+    told.append((self._name, done))
+    if self._name != "training" and done:
+      os.kill(os.getpid(), signal.SIGTERM)
+    advance(self, done, *arguments)
+
+  monkeypatch.setattr(experiment.consoles.Console, "advance", stopping)
+  with pytest.raises(errors.InterruptedRunError, match="SIGTERM"):
+    experiment.run(config, quiet=True)
+  monkeypatch.undo()
+  name, done = told[-1]
+  assert name == "nc-prune: reversing triggers" and done < 50
+  # It begins again, and the trained model is not trained again.
+  results = experiment.run(config, quiet=True)
+  names = [phase["name"] for phase in results["phases"]]
+  assert names == ["training", "nc-prune"]
+
+
 def test_signals_are_handled_as_before_after_a_run(config):
   before = signal.getsignal(signal.SIGTERM)
   experiment.run(_with(config, rounds=1, cleanse=""), quiet=True)

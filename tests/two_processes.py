@@ -35,7 +35,8 @@ def main(coordinator, processes, process, folder, stop_after):
     process_id=int(process),
     **{
       **conftest.TINY_SETTINGS,
-      "cleanse": "fp,fst",
+      "cleanse": "fp,nc-prune,fst",
+      "nc_steps": 6,
       "server_epochs": 1,
       "eval_every": 1,
     },

@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -49,6 +50,10 @@ Array = jax.Array
 # Keras' epsilon: the official code has it in Adam and in the change of
 # variables, which keeps arctanh finite at masks of 0 and 1.
 _EPSILON = 1e-7
+
+# Steps of a reversal between two calls of `on_steps`: a few seconds of VGG11
+# on a CPU, and more than the way to the host and back costs elsewhere.
+_TOLD_EVERY = 5
 
 
 # --- triggers ----------------------------------------------------------------
@@ -263,6 +268,7 @@ def reverse_triggers(
   learning_rates: Sequence[float] | Array | np.ndarray | None = None,
   class_chunk: int | None = None,
   mesh: parallel.Mesh | None = None,
+  on_steps: Callable[[int], None] | None = None,
 ) -> Reversed:
   """Finds, for each class, a small trigger that leads images to it.
 
@@ -289,6 +295,8 @@ def reverse_triggers(
       the backend's choice for clients.
     mesh: devices that the classes are spread over; None takes the one that the
       model is on.
+    on_steps: is told how many steps were run, first 0 and then every few, and
+      may end the search by raising. It changes nothing about what is found.
 
   Returns:
     The reversed triggers. Never NaN: with a model that is not finite nothing
@@ -308,21 +316,50 @@ def reverse_triggers(
   chosen = np.asarray(targets, np.int32)
   if learning_rates is None:
     learning_rates = np.full(chosen.shape, settings.learning_rate)
-  everywhere = (
-    params,
-    jnp.asarray(images),
-    jnp.asarray(chosen),
-    jnp.asarray(learning_rates, jnp.float32),
-    key,
-  )
-  return _reverse(
-    model,
-    (settings.batches_per_step, settings.batch_size),
-    plan.client_chunk if class_chunk is None else class_chunk,
-    min(plan.evaluation_batch, len(images)),
+  params, given, columns, key = parallel.replicate(
+    (
+      params,
+      jnp.asarray(images),
+      (jnp.asarray(chosen), jnp.asarray(learning_rates, jnp.float32)),
+      key,
+    ),
     mesh,
-    *parallel.replicate(everywhere, mesh),
-    settings,
+  )
+  chunk = plan.client_chunk if class_chunk is None else class_chunk
+  batches_shape = (settings.batches_per_step, settings.batch_size)
+  search = _begin(model.image_shape, columns[0], key)
+  at_once = settings.steps
+  if on_steps is not None:
+    at_once = _TOLD_EVERY
+    on_steps(0)
+  done, running = 0, True
+  while running and done < settings.steps:
+    done = min(done + at_once, settings.steps)
+    search, still = _advance(
+      model,
+      batches_shape,
+      chunk,
+      mesh,
+      params,
+      given,
+      *columns,
+      search,
+      key,
+      done,
+      settings,
+    )
+    if on_steps is not None:
+      running = bool(still)
+      on_steps(done)
+  return _found(
+    model,
+    min(plan.evaluation_batch, len(images)),
+    chunk,
+    mesh,
+    params,
+    given,
+    columns[0],
+    search,
   )
 
 
@@ -368,70 +405,32 @@ def _shown(trigger: dict[str, Array]) -> tuple[Array, Array]:
   return _visible(trigger["mask"]), _visible(trigger["pattern"]) * 255
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-@execution.exact
-def _reverse(
-  model: models.Model,
-  batches_shape: tuple[int, int],
-  chunk: int,
-  evaluation_batch: int,
-  mesh: parallel.Mesh | None,
-  params: models.Params,
-  images: Array,
-  targets: Array,
-  learning_rates: Array,
-  key: Array,
-  settings: Settings,
-) -> Reversed:
-  """`reverse_triggers` with every choice made."""
-
-  def one_class(common: Any, target: Array, learning_rate: Array) -> Reversed:
-    params, images, key, settings = common
-    return _reverse_one(
-      model,
-      batches_shape,
-      evaluation_batch,
-      params,
-      images,
-      target,
-      key,
-      settings._replace(learning_rate=learning_rate),
-    )
-
-  found: Reversed = parallel.map_rows(
-    one_class,
-    (params, images, key, settings),
-    targets,
-    learning_rates,
-    mesh=mesh,
-    chunk=chunk,
-  )
-  return found
+def _of_class(key: Array, target: Array) -> tuple[Array, Array]:
+  """Keys of a class: of where its search starts, and of its batches."""
+  start_key, batch_key = jax.random.split(jax.random.fold_in(key, target))
+  return start_key, batch_key
 
 
-def _reverse_one(
-  model: models.Model,
-  batches_shape: tuple[int, int],
-  evaluation_batch: int,
-  params: models.Params,
-  images: Array,
-  target: Array,
-  key: Array,
-  settings: Settings,
-) -> Reversed:
-  """The search for one class, to its end."""
-  samples = len(images)
-  optimizer = optax.adam(settings.learning_rate, *settings.betas, eps=_EPSILON)
+def _adam(
+  learning_rate: float | Array, betas: tuple[float, float]
+) -> optax.GradientTransformation:
+  return optax.adam(learning_rate, *betas, eps=_EPSILON)
 
-  def start(key: Array) -> _Search:
-    mask_key, pattern_key = jax.random.split(key)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(image_shape: tuple[int, ...], targets: Array, key: Array) -> _Search:
+  """Where the search for each class starts, leaves [classes, ...]."""
+
+  def one_class(target: Array) -> _Search:
+    mask_key, pattern_key = jax.random.split(_of_class(key, target)[0])
     trigger = {
-      "mask": _hidden(jax.random.uniform(mask_key, images.shape[1:3])),
-      "pattern": _hidden(jax.random.uniform(pattern_key, images.shape[1:])),
+      "mask": _hidden(jax.random.uniform(mask_key, image_shape[:2])),
+      "pattern": _hidden(jax.random.uniform(pattern_key, image_shape)),
     }
     return _Search(
       trigger=trigger,
-      optimizer=optimizer.init(trigger),
+      # Adam's state does not depend on its settings.
+      optimizer=_adam(0.0, OFFICIAL.betas).init(trigger),
       cost=first_cost(),
       kept=trigger,
       reached=jnp.zeros((), bool),
@@ -442,103 +441,187 @@ def _reverse_one(
       step=jnp.zeros((), jnp.int32),
     )
 
-  def batches(key: Array) -> Array:
-    """Indices [batches, batch]: every image as often as any other, or once."""
-    order = jax.random.permutation(key, samples)
-    places = jnp.arange(batches_shape[0] * batches_shape[1]) % samples
-    return order[places].reshape(batches_shape)
+  return jax.vmap(one_class)(targets)
 
-  def hits(logits: Array, target: Array, mask: Array) -> Array:
-    labels = jnp.full(mask.shape, target, jnp.int32)
-    return evaluate.right(logits, labels, mask).sum()
 
-  def update(search: _Search, target: Array, key: Array) -> _Search:
-    def loss_fn(
-      trigger: dict[str, Array], chosen: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-      mask, pattern = _shown(trigger)
-      logits = models.apply(
-        model, params, apply_trigger(images[chosen], mask, pattern)
-      )
-      everyone = jnp.ones(chosen.shape, bool)
-      labels = jnp.full(chosen.shape, target, jnp.int32)
-      norm = jnp.abs(mask).sum()
-      loss = local.cross_entropy(logits, labels, everyone)
-      loss = loss + search.cost.value * norm
-      return loss, (hits(logits, target, everyone), norm)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@execution.exact
+def _advance(
+  model: models.Model,
+  batches_shape: tuple[int, int],
+  chunk: int,
+  mesh: parallel.Mesh | None,
+  params: models.Params,
+  images: Array,
+  targets: Array,
+  learning_rates: Array,
+  search: _Search,
+  key: Array,
+  until: Array | int,
+  settings: Settings,
+) -> tuple[_Search, Array]:
+  """Runs every search to a step, and says whether one is not at its end."""
 
-    def one_batch(carry: Any, chosen: Array) -> tuple[Any, tuple[Array, Array]]:
-      trigger, _, state = carry
-      grads, measures = jax.grad(loss_fn, has_aux=True)(trigger, chosen)
-      # optax raises a float to an integer's power, which strict promotion
-      # refuses.
-      with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state, trigger)
-      updated = optax.apply_updates(trigger, updates)
-      return (updated, trigger, state), measures
-
-    rows = batches(jax.random.fold_in(key, search.step))
-    (trigger, last, state), (right, norms) = lax.scan(
-      one_batch, (search.trigger, search.trigger, search.optimizer), rows
-    )
-    success = right.sum().astype(jnp.float32) / rows.size
-    norm = norms.mean()
-    succeeds = success >= settings.success_threshold
-    finite = jax.tree.reduce(
-      jnp.logical_and,
-      jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), last),
-    )
-    smaller = finite & succeeds & (norm < search.norm)
-    reached = search.reached | smaller
-    closer = finite & ~reached & (success > search.success)
-    better = smaller | closer
-    stale = jnp.where(smaller | ~reached, 0, search.stale + 1)
-    return _Search(
-      trigger=trigger,
-      optimizer=state,
-      cost=next_cost(search.cost, succeeds, settings),
-      kept=jax.tree.map(
-        lambda new, old: jnp.where(better, new, old), last, search.kept
+  def one_class(
+    common: Any, target: Array, learning_rate: Array, search: _Search
+  ) -> _Search:
+    params, images, key, until, settings = common
+    batch_key = _of_class(key, target)[1]
+    after: _Search = lax.while_loop(
+      lambda search: (search.step < until) & ~search.stopped,
+      lambda search: _step(
+        model,
+        batches_shape,
+        params,
+        images,
+        target,
+        batch_key,
+        settings._replace(learning_rate=learning_rate),
+        search,
       ),
-      reached=reached,
-      norm=jnp.where(smaller, norm, search.norm),
-      success=jnp.where(better, success, search.success),
-      stale=stale,
-      stopped=(
-        (stale >= settings.early_stop_patience)
-        & search.cost.rose
-        & search.cost.fell
-      ),
-      step=search.step + 1,
+      search,
     )
+    return after
 
-  def success_of(mask: Array, pattern: Array, target: Array) -> Array:
+  search = parallel.map_rows(
+    one_class,
+    (params, images, key, until, settings),
+    targets,
+    learning_rates,
+    search,
+    mesh=mesh,
+    chunk=chunk,
+  )
+  # Small, and the next call wants it as this one did.
+  search = parallel.everywhere(search, mesh)
+  return search, (~search.stopped).any()
+
+
+def _hits(logits: Array, target: Array, mask: Array) -> Array:
+  """How many examples that count are taken for the target."""
+  labels = jnp.full(mask.shape, target, jnp.int32)
+  return evaluate.right(logits, labels, mask).sum()
+
+
+def _step(
+  model: models.Model,
+  batches_shape: tuple[int, int],
+  params: models.Params,
+  images: Array,
+  target: Array,
+  batch_key: Array,
+  settings: Settings,
+  search: _Search,
+) -> _Search:
+  """A step of the search for one class: updates, then what they decide."""
+  optimizer = _adam(settings.learning_rate, settings.betas)
+
+  def loss_fn(
+    trigger: dict[str, Array], chosen: Array
+  ) -> tuple[Array, tuple[Array, Array]]:
+    mask, pattern = _shown(trigger)
+    logits = models.apply(
+      model, params, apply_trigger(images[chosen], mask, pattern)
+    )
+    everyone = jnp.ones(chosen.shape, bool)
+    labels = jnp.full(chosen.shape, target, jnp.int32)
+    norm = jnp.abs(mask).sum()
+    loss = local.cross_entropy(logits, labels, everyone)
+    loss = loss + search.cost.value * norm
+    return loss, (_hits(logits, target, everyone), norm)
+
+  def one_batch(carry: Any, chosen: Array) -> tuple[Any, tuple[Array, Array]]:
+    trigger, _, state = carry
+    grads, measures = jax.grad(loss_fn, has_aux=True)(trigger, chosen)
+    # optax raises a float to an integer's power, which strict promotion
+    # refuses.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(grads, state, trigger)
+    updated = optax.apply_updates(trigger, updates)
+    return (updated, trigger, state), measures
+
+  # Every image as often as any other, or once.
+  order = jax.random.permutation(
+    jax.random.fold_in(batch_key, search.step), len(images)
+  )
+  places = jnp.arange(batches_shape[0] * batches_shape[1]) % len(images)
+  rows = order[places].reshape(batches_shape)
+  (trigger, last, state), (right, norms) = lax.scan(
+    one_batch, (search.trigger, search.trigger, search.optimizer), rows
+  )
+  success = right.sum().astype(jnp.float32) / rows.size
+  norm = norms.mean()
+  succeeds = success >= settings.success_threshold
+  finite = jax.tree.reduce(
+    jnp.logical_and,
+    jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), last),
+  )
+  smaller = finite & succeeds & (norm < search.norm)
+  reached = search.reached | smaller
+  closer = finite & ~reached & (success > search.success)
+  better = smaller | closer
+  stale = jnp.where(smaller | ~reached, 0, search.stale + 1)
+  return _Search(
+    trigger=trigger,
+    optimizer=state,
+    cost=next_cost(search.cost, succeeds, settings),
+    kept=jax.tree.map(
+      lambda new, old: jnp.where(better, new, old), last, search.kept
+    ),
+    reached=reached,
+    norm=jnp.where(smaller, norm, search.norm),
+    success=jnp.where(better, success, search.success),
+    stale=stale,
+    stopped=(
+      (stale >= settings.early_stop_patience)
+      & search.cost.rose
+      & search.cost.fell
+    ),
+    step=search.step + 1,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@execution.exact
+def _found(
+  model: models.Model,
+  evaluation_batch: int,
+  chunk: int,
+  mesh: parallel.Mesh | None,
+  params: models.Params,
+  images: Array,
+  targets: Array,
+  search: _Search,
+) -> Reversed:
+  """What the searches kept, and its success on all images."""
+  samples = len(images)
+
+  def one_class(common: Any, target: Array, search: _Search) -> Reversed:
+    params, images = common
+    mask, pattern = _shown(search.kept)
+    mask, pattern = jnp.clip(mask, 0, 1), jnp.clip(pattern, 0, 255)
+
     def one_batch(start: Array) -> Array:
       places = start + jnp.arange(evaluation_batch)
       chosen = images[jnp.minimum(places, samples - 1)]
       logits = models.apply(model, params, apply_trigger(chosen, mask, pattern))
-      return hits(logits, target, places < samples)
+      return _hits(logits, target, places < samples)
 
     right = lax.map(one_batch, jnp.arange(0, samples, evaluation_batch)).sum()
-    return right.astype(jnp.float32) / samples
+    return Reversed(
+      targets=target,
+      masks=mask,
+      patterns=pattern,
+      success=right.astype(jnp.float32) / samples,
+      norms=mask.sum(),
+      reached=search.reached,
+      steps=search.step,
+    )
 
-  start_key, batch_key = jax.random.split(jax.random.fold_in(key, target))
-  search = lax.while_loop(
-    lambda search: (search.step < settings.steps) & ~search.stopped,
-    lambda search: update(search, target, batch_key),
-    start(start_key),
+  found: Reversed = parallel.map_rows(
+    one_class, (params, images), targets, search, mesh=mesh, chunk=chunk
   )
-  mask, pattern = _shown(search.kept)
-  mask, pattern = jnp.clip(mask, 0, 1), jnp.clip(pattern, 0, 255)
-  return Reversed(
-    targets=target,
-    masks=mask,
-    patterns=pattern,
-    success=success_of(mask, pattern, target),
-    norms=mask.sum(),
-    reached=search.reached,
-    steps=search.step,
-  )
+  return parallel.everywhere(found, mesh)
 
 
 # --- outliers ----------------------------------------------------------------

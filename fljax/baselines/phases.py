@@ -7,6 +7,7 @@ uses its own validation images, for everything, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -24,6 +25,10 @@ from fljax.baselines import neural_cleanse
 from fljax.baselines import server
 
 Array = jax.Array
+
+# Is told what is under way, how far it is, and of how much; it may end it by
+# raising.
+OnProgress = Callable[[str, int, int], None]
 
 
 class Mitigated(NamedTuple):
@@ -75,6 +80,7 @@ def find_suspects(
   key: Array,
   settings: neural_cleanse.Settings,
   mesh: parallel.Mesh | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Suspects:
   """Neural Cleanse, first half: reverses triggers and finds outliers.
 
@@ -85,6 +91,7 @@ def find_suspects(
     key: random key.
     settings: of the reversal.
     mesh: devices that the classes are spread over.
+    on_progress: is told of the steps of the reversal.
 
   Returns:
     What was found; removing it is `cleanse`'s, by whatever way.
@@ -97,10 +104,20 @@ def find_suspects(
     key=jax.random.split(key)[0],
     settings=settings,
     mesh=mesh,
+    on_steps=_steps(on_progress, settings),
   )
   # On the host, to go wherever the model is.
   found = jax.tree.map(np.asarray, found)
   return Suspects(found, neural_cleanse.outliers(found.norms))
+
+
+def _steps(
+  on_progress: OnProgress | None, settings: neural_cleanse.Settings
+) -> Callable[[int], None] | None:
+  """Tells of the steps of a reversal."""
+  if on_progress is None:
+    return None
+  return lambda done: on_progress("reversing triggers", done, settings.steps)
 
 
 def cleanse(
@@ -226,6 +243,7 @@ def cleanse_as_oracle(
   max_drop: float,
   gradient_clip: float = 0.0,
   mesh: parallel.Mesh | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Mitigated:
   """Neural Cleanse as no server could run it: the best of several, by AA.
 
@@ -248,6 +266,7 @@ def cleanse_as_oracle(
     max_drop: accuracy that pruning may cost.
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     mesh: devices that the rates are spread over.
+    on_progress: is told of the steps of the reversal, then of what was tried.
 
   Returns:
     The model with the lowest AA, of equals the one with the highest TA. The
@@ -270,6 +289,7 @@ def cleanse_as_oracle(
     settings=settings,
     learning_rates=rates,
     mesh=mesh,
+    on_steps=_steps(on_progress, settings),
   )
   found = jax.tree.map(np.asarray, found)  # To go wherever the model is.
   for position, rate in enumerate(rates):
@@ -299,6 +319,8 @@ def cleanse_as_oracle(
           "attack_success": success,
         }
       )
+      if on_progress is not None:
+        on_progress("removing triggers", len(told), 2 * len(rates))
   best = min(range(len(tried)), key=lambda index: tried[index][0])
   _, after, mask = tried[best]
   return Mitigated(after, mask, {"oracle": told[best], "oracle_tried": told})

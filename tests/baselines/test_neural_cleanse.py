@@ -74,6 +74,28 @@ def test_one_class_at_several_rates_is_one_program():
   assert not np.allclose(together.masks[0], together.masks[1], atol=1e-2)
 
 
+def test_who_is_told_of_the_steps_changes_nothing_and_may_end_them(found):
+  told = []
+  chex.assert_trees_all_equal(_reverse(on_steps=told.append), found)
+  assert told[0] == 0 and sorted(set(told)) == told
+  # The last class to stop ends it.
+  last = int(found.steps.max())
+  assert told[-2] < last <= told[-1] <= SETTINGS.steps
+
+  class EnoughError(Exception):
+    pass
+
+  def enough(done):
+    told.append(done)
+    if done:
+      raise EnoughError
+
+  told.clear()
+  with pytest.raises(EnoughError):
+    _reverse(on_steps=enough)
+  assert len(told) == 2 and told[1] < last
+
+
 def _random_trigger(seed):
   mask_key, pattern_key = jax.random.split(jax.random.key(seed))
   mask = jax.random.uniform(mask_key, IMAGE_SHAPE[:2])
