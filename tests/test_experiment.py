@@ -603,12 +603,21 @@ def test_signals_are_handled_as_before_after_a_run(config):
 
 def test_a_run_killed_from_outside_goes_on_to_the_same_bits(tmp_path):
   """kill -9 in mid-training, through the command line."""
+  rng = np.random.default_rng(0)
+  dataset = tmp_path / "digits.npz"
+  np.savez(
+    dataset,
+    images=rng.integers(0, 256, (1000, 28, 28), np.uint8),
+    labels=np.arange(1000) % 10,
+  )
   killed, whole = (
     configs.Config(
       workdir=str(tmp_path / name),
+      dataset=str(dataset),
       model="mnist_small",
       samples_per_client=60,
-      rounds=12,
+      validation_size=100,
+      rounds=8,
       eval_every=1,
       checkpoint_every=1,
       cleanse="fp",
@@ -732,8 +741,8 @@ def test_vgg11_under_the_distributed_attack_at_reduced_size(tmp_path):
       "--fine_tune_rounds=1",
       "--delta_step=5",
       "--precision=bfloat16",
-      # Of all forms the soonest compiled.
-      "--conv=lax",
+      # Of all forms the soonest compiled and run.
+      "--conv=slices",
     ]
   )
   config = configs.from_flags(values)
