@@ -473,7 +473,7 @@ class Config:
     "same",
     "How the updates of fine-tuning are aggregated; 'same' is as in training."
     " With trimmed_mean or median, one or two attackers of ten hardly teach"
-    " the model its backdoor again.",
+    " the model again what adjusting removed before (aw,ft).",
     choices=("same", *aggregators.AGGREGATORS),
     cleansing=True,
   )

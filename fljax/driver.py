@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import importlib.metadata
+from pathlib import Path
 import platform
 import signal
 import time
@@ -809,6 +810,17 @@ def trigger_images(
   return stamped
 
 
+def _processor() -> str:
+  """The CPU's model, by which runs differ as sums are ordered otherwise."""
+  with contextlib.suppress(OSError):
+    # Where Linux has it; `platform` knows no more than the architecture there.
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+      name, _, value = line.partition(":")
+      if name.strip() == "model name":
+        return value.strip()
+  return platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
   """What the run ran on."""
   return {
@@ -819,6 +831,7 @@ def environment() -> dict[str, Any]:
       for name in ("jax", "jaxlib", "flax", "optax")
     },
     "platform": platform.platform(),
+    "processor": _processor(),
     "backend": jax.default_backend(),
     "devices": jax.device_count(),
     "device_kind": jax.devices()[0].device_kind,

@@ -105,6 +105,7 @@ def test_a_run_leaves_what_is_promised(config):
     assert phase["zeroed_weights"] >= 0 and "delta" in phase
   assert results["seed"] == 0 and results["config"] == config.identity()
   assert results["environment"]["backend"] == jax.default_backend()
+  assert results["environment"]["processor"]
 
   folder = experiment.workdirs.Path(config.workdir)
   assert json.loads((folder / "results.json").read_text()) == results

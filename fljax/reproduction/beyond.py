@@ -34,7 +34,6 @@ from fljax.reproduction import paper
 from fljax.reproduction import plan
 from fljax.reproduction.plan import Bases
 from fljax.reproduction.plan import Cell
-from fljax.reproduction.plan import Column
 from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
 
@@ -161,24 +160,6 @@ def beyond_2(bases: Bases) -> Table:
   return _other_ways(2, "Fashion-MNIST", bases["fashion_mnist"], paper.TABLE_2)
 
 
-def _leaves_little(
-  columns: Sequence[Column], way: str, labels: Mapping[int, str]
-) -> Callable[[np.ndarray], tuple[str, str]]:
-  """Whether a way of cleansing leaves less than 10% in all of these rows."""
-  column = plan.places(columns)[way, "AA"]
-
-  def judged(values: np.ndarray) -> tuple[str, str]:
-    left = {
-      label: plan.mean(values[row], column) for row, label in labels.items()
-    }
-    return (
-      plan.verdict(*(success < 10 for success in left.values())),
-      "AA: " + ", ".join(f"{k} {x:.1f}" for k, x in left.items()),
-    )
-
-  return judged
-
-
 def beyond_3(bases: Bases) -> Table:
   """Attackers who know the defence."""
   base = bases["mnist"]
@@ -223,7 +204,7 @@ def beyond_3(bases: Bases) -> Table:
     way: str, of: Sequence[int]
   ) -> Callable[[np.ndarray], tuple[str, str]]:
     labels = [*rows]
-    return _leaves_little(_COLUMNS, way, {row: labels[row] for row in of})
+    return plan.leaves_little(_COLUMNS, way, {row: labels[row] for row in of})
 
   return Table(
     "beyond-3",
@@ -383,7 +364,7 @@ def beyond_7(bases: Bases) -> Table:
     of: Callable[[str], bool],
   ) -> Callable[[np.ndarray], tuple[str, str]]:
     rows = {row: label for row, label in enumerate(attacked) if of(label)}
-    return _leaves_little(_SERVER_COLUMNS, _TUNED[0], rows)
+    return plan.leaves_little(_SERVER_COLUMNS, _TUNED[0], rows)
 
   return Table(
     "beyond-7",

@@ -8,6 +8,7 @@ said by `catalogue`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -248,6 +249,31 @@ def verdict(*conditions: bool) -> str:
   if all(conditions):
     return "seen"
   return "seen partly" if any(conditions) else "not seen"
+
+
+def leaves_little(
+  columns: Sequence[Column], way: str, labels: Mapping[int, str]
+) -> Callable[[np.ndarray], tuple[str, str]]:
+  """Whether a way of cleansing leaves less than 10% in all of these rows.
+
+  Args:
+    columns: the table's.
+    way: what its columns are headed by.
+    labels: the rows meant, by their position, and what to call them.
+
+  Returns:
+    For `Table.claims`.
+  """
+  column = places(columns)[way, "AA"]
+
+  def judged(values: np.ndarray) -> tuple[str, str]:
+    left = {label: mean(values[row], column) for row, label in labels.items()}
+    return (
+      verdict(*(success < 10 for success in left.values())),
+      "AA: " + ", ".join(f"{k} {x:.1f}" for k, x in left.items()),
+    )
+
+  return judged
 
 
 def count_below(

@@ -198,7 +198,7 @@ def test_of_an_attack_without_a_result_nothing_is_said():
   assert "seen" not in text.decode() and "nan" not in text.decode()
   records["pruning-aware", "main", 0] = record
   text = rendered(records, seeds=(0,), table=table).files["discussion-2.md"]
-  assert "**seen partly**: AA of All 10.0" in text.decode()
+  assert "**not seen**: AA: pruning-aware 10.0" in text.decode()
 
 
 def test_labels_are_escaped_on_the_page():
