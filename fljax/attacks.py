@@ -104,7 +104,8 @@ class ReportHook(Protocol):
     Args:
       values: [clients, ...], the honest report: "activations" [clients,
         neurons], the means from which a client derives its ranks or votes; or
-        "accuracies" [clients, steps], of the model at each pruning step.
+        "accuracies" [clients, steps], of the model at each step of pruning or
+        of adjusting.
       federation: all clients.
       kind: "activations" or "accuracies".
       triggered: [clients, neurons], with activations, for an attack that
@@ -137,13 +138,14 @@ def _same_report(
 
 
 class Attack(NamedTuple):
-  """The five hooks.
+  """The six hooks.
 
   Attributes:
     data: see `DataHook`.
     updates: see `UpdateHook`.
     report: see `ReportHook`.
-    local: see `LocalHook`; None changes nothing.
+    local: see `LocalHook`, after each local step; None changes nothing.
+    start: likewise, of the global model before the first step.
     loss: see `LossHook`; None adds nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each
@@ -156,9 +158,22 @@ class Attack(NamedTuple):
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
   local: LocalHook | None = None
+  start: LocalHook | None = None
   loss: LossHook | None = None
   rowwise: bool = True
   wants_triggered: bool = False
+
+
+def _one_after_another(hooks: list[LocalHook | None]) -> LocalHook | None:
+  """The hooks that there are as one."""
+  present = [hook for hook in hooks if hook is not None]
+
+  def together(params: Params) -> Params:
+    for hook in present:
+      params = hook(params)
+    return params
+
+  return together if present else None
 
 
 def chain(*attacks: Attack) -> Attack:
@@ -185,13 +200,6 @@ def chain(*attacks: Attack) -> Attack:
       values = attack.report(values, federation, kind=kind, triggered=triggered)
     return values
 
-  hooks = [attack.local for attack in attacks if attack.local is not None]
-
-  def local(params: Params) -> Params:
-    for hook in hooks:
-      params = hook(params)
-    return params
-
   terms = [attack.loss for attack in attacks if attack.loss is not None]
 
   def loss(params: Params, *batch_and_key: Array) -> Array:
@@ -206,7 +214,8 @@ def chain(*attacks: Attack) -> Attack:
     data,
     updates,
     report,
-    local if hooks else None,
+    _one_after_another([attack.local for attack in attacks]),
+    _one_after_another([attack.start for attack in attacks]),
     loss if terms else None,
     rowwise=all(attack.rowwise for attack in attacks),
     wants_triggered=any(attack.wants_triggered for attack in attacks),
@@ -349,12 +358,12 @@ def own_rate(factor: float) -> Attack:
 
 
 def false_accuracies(*, stop_pruning: bool) -> Attack:
-  """Attackers lie where clients report accuracies to choose the pruning.
+  """Attackers lie where clients report accuracies to end the searches.
 
   Args:
-    stop_pruning: True reports total failure from the first pruned neuron on,
-      to keep the backdoor neurons; False reports perfect accuracy throughout,
-      to have the model pruned to ruin.
+    stop_pruning: True reports total failure from the first pruned neuron, and
+      the first step of Δ, on, to keep the backdoor; False reports perfect
+      accuracy throughout, to have the model pruned and adjusted to ruin.
 
   Returns:
     An attack on the reported accuracies.
@@ -417,8 +426,9 @@ def promoted_neurons() -> Attack:
 def pruning_aware(model: models.Model, pruned: tuple[int, ...]) -> Attack:
   """Attackers train as if the given neurons were pruned already.
 
-  They hold them at zero in local training, so that the backdoor settles in
-  neurons that will stay, and send no change of them.
+  They hold them at zero in local training, from the global model that they
+  are sent on, so that the backdoor settles in neurons that will stay, and send
+  no change of them.
 
   Args:
     model: the network.
@@ -457,7 +467,7 @@ def pruning_aware(model: models.Model, pruned: tuple[int, ...]) -> Attack:
       updates,
     )
 
-  return Attack(updates=updates, local=local)
+  return Attack(updates=updates, local=local, start=local)
 
 
 def self_limited(model: models.Model, delta: float) -> Attack:

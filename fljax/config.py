@@ -328,9 +328,10 @@ class Config:
   )
   attacker_reports: str = _setting(
     "honest",
-    "What attackers report: the truth; where clients choose the pruning, total"
-    " failure to stop it, or perfection to have the model ruined; or ranks and"
-    " votes that promote the backdoor's neurons.",
+    "What attackers report: the truth; where clients report accuracies, by"
+    " which pruning and adjusting end, total failure to stop them, or"
+    " perfection to have the model ruined; or ranks and votes that promote the"
+    " backdoor's neurons.",
     choices=tuple(attacks.REPORTS),
     cleansing=True,
   )

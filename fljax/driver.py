@@ -184,6 +184,8 @@ class Driver:
             self.state = after
     finally:
       self.console.stop()
+      # A sweep keeps its drivers; a model each need not stay on the device.
+      self._found = None
     results = {
       "config": self.config.identity(),
       "environment": environment(),
@@ -360,6 +362,9 @@ class Driver:
   # --- cleansing -------------------------------------------------------------
 
   def _phase(self, name: str, kind: str, state: Any) -> Any:
+    known: dict[str, Any] = {}
+    if self._wants_accuracy_before(kind):
+      known[ACCURACY_BEFORE] = self._validation_accuracy(state)
     started = time.perf_counter()
     run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
     if kind in run_phase:
@@ -370,7 +375,7 @@ class Driver:
     self.console.stop()
     # What another phase found for this one counts as if it had been done here.
     seconds = time.perf_counter() - started + facts.pop("seconds_before", 0.0)
-    self._record(name, state, seconds, **facts)
+    self._record(name, state, seconds, **{**known, **facts})
     # TA and AA along the curve are for the figures, not for the choice, and
     # are no part of the phase's time.
     for line in curve():
@@ -461,7 +466,8 @@ class Driver:
       params=pruned.params, neuron_mask=pruned.neuron_mask & state.neuron_mask
     )
     facts: dict[str, Any] = {
-      "pruned_neurons": pruned.num_pruned,
+      # Those that an earlier phase pruned do not count again.
+      "pruned_neurons": int((state.neuron_mask & ~after.neuron_mask).sum()),
       "neurons": model.neurons,
     }
     if len(pruned.accuracies):
@@ -504,7 +510,8 @@ class Driver:
       lines.append(line)
       self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
-      self._check_stop()
+      if done < config.fine_tune_rounds:
+        self._check_stop()
 
     self.console.start(name, config.fine_tune_rounds, 0)
     tuned = pipeline.fine_tune(
@@ -531,19 +538,29 @@ class Driver:
 
   def _enough(self, state: Any) -> float | None:
     """With what accuracy fine-tuning is done, if that was asked for."""
-    experiment, drop = self.experiment, self.config.fine_tune_drop
+    drop = self.config.fine_tune_drop
     if drop < 0:
       return None
     for phase in self.phases:
       # The first one that knows began with the trained model.
       if ACCURACY_BEFORE in phase:
         return float(phase[ACCURACY_BEFORE]) - drop
-    # No search came before.
-    assert experiment.validation is not None
-    measured = evaluate.measure(
-      experiment.model, state.params, experiment.validation
+    return self._validation_accuracy(state) - drop
+
+  def _wants_accuracy_before(self, kind: str) -> bool:
+    """Whether a first phase without a search has to measure for `_enough`."""
+    return (
+      self.config.fine_tune_drop >= 0
+      and kind not in ("fp", "aw")
+      and not any(ACCURACY_BEFORE in phase for phase in self.phases)
     )
-    return float(measured) - drop
+
+  def _validation_accuracy(self, state: Any) -> float:
+    experiment = self.experiment
+    assert experiment.validation is not None
+    return float(
+      evaluate.measure(experiment.model, state.params, experiment.validation)
+    )
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
     """Adjusting extreme weights (AW)."""
@@ -596,7 +613,10 @@ class Driver:
   def _mitigate(
     self, name: str, kind: str, state: Any
   ) -> tuple[Any, dict[str, Any], Any]:
-    """A baseline, with images of the server's own; it has no curve."""
+    """A baseline; it has no curve.
+
+    All but the oracle, which has the test images, see the server's own.
+    """
     config, experiment = self.config, self.experiment
     subject = (experiment.model, state.params)
     tuning: dict[str, Any] = {
@@ -629,6 +649,7 @@ class Driver:
       assert experiment.validation is not None
       mitigated = phases.prune_and_tune(
         *subject,
+        state.neuron_mask,
         experiment.validation,
         max_drop=config.pruning_drop,
         **longer,
@@ -681,7 +702,8 @@ class Driver:
         shown = what
       self.console.advance(done)
       # Nothing of this phase is saved before its end.
-      self._check_stop()
+      if done < total:
+        self._check_stop()
 
     return tell
 

@@ -31,7 +31,7 @@ class DivergedError(FljaxError):
 
 
 class InterruptedRunError(FljaxError):
-  """The run was asked to stop; its progress is saved."""
+  """The run was asked to stop; what was saved last is where it goes on."""
 
 
 def first_line(error: Exception) -> str:

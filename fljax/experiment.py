@@ -302,6 +302,7 @@ def _block(
       precision=config.precision,
       augmentation=config.augment,
       attackers_hook=attack.local,
+      attackers_start=attack.start,
       attackers_loss=attack.loss,
     ),
     attack=attack,

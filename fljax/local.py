@@ -135,6 +135,10 @@ def augment(key: Array, images: Array, kind: str) -> Array:
   return images
 
 
+def _where(condition: Array, new: Params, old: Params) -> Params:
+  return jax.tree.map(functools.partial(jnp.where, condition), new, old)
+
+
 def sgd_training(
   model: models.Model,
   optimizer: optax.GradientTransformation,
@@ -146,6 +150,7 @@ def sgd_training(
   precision: str = "default",
   augmentation: str = "none",
   attackers_hook: Callable[[Params], Params] | None = None,
+  attackers_start: Callable[[Params], Params] | None = None,
   attackers_loss: Callable[[Params, Array, Array, Array, Array, Array], Array]
   | None = None,
 ) -> LocalTraining:
@@ -170,6 +175,7 @@ def sgd_training(
     augmentation: see `augment`; a trigger is stamped after it, where it lies
       in test images too.
     attackers_hook: applied to an active attacker's model after each step.
+    attackers_start: applied to an active attacker's model before the first.
     attackers_loss: of parameters, activations, labels, which samples are
       poisoned, which count, and a key; added to an active attacker's loss in
       each step, but not to the loss that is returned.
@@ -244,9 +250,7 @@ def sgd_training(
       # Also undoes what the optimizer did to them: weight decay, for example.
       new = models.with_running_statistics(new, statistics)
       if attackers_hook is not None:
-        new = jax.tree.map(
-          functools.partial(jnp.where, active), attackers_hook(new), new
-        )
+        new = _where(active, attackers_hook(new), new)
       new = models.mask_neurons(model, new, neuron_mask)
       count = mask.sum().astype(jnp.float32)
       carry = jax.tree.map(
@@ -256,6 +260,8 @@ def sgd_training(
       )
       return carry, (loss * count, count)
 
+    if attackers_start is not None:
+      params = _where(active, attackers_start(params), params)
     start = (params, optimizer.init(params))
     # Not among those that shuffle: without augmentation nothing changes.
     step_keys = jax.random.split(

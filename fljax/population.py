@@ -111,7 +111,8 @@ class Population:
     chosen = np.asarray(chosen)
     images = self._images[self._indices[chosen]]
     attacks = np.flatnonzero(chosen < len(self._attackers_images))
-    images[attacks] = self._attackers_images[chosen[attacks]]
+    if len(attacks):
+      images[attacks] = self._attackers_images[chosen[attacks]]
     cohort = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.clients)
     cohort = cohort.replace(images=images)
     if self.mesh is not None:

@@ -526,7 +526,8 @@ def run(
     quiet: whether to show nothing on the terminal.
     over: how one program trains them, see `make_block`; None is the backend's
       measured choice.
-    stop: ends it at its next checkpoint; None listens to signals.
+    stop: ends it after the block of rounds, or within the phase, in progress;
+      None listens to signals.
 
   Returns:
     The outcome. An experiment that diverges does not stop the others.

@@ -189,7 +189,11 @@ def test_a_pruning_aware_attacker_uses_no_neuron_that_will_go(model):
   gone = (0, model.neurons - 1)
   attack = attacks.pruning_aware(model, gone)
   federation, _ = make_federation(attackers=1, gamma=3.0)
-  training = jax.jit(make_training(model, attackers_hook=attack.local))
+  training = jax.jit(
+    make_training(
+      model, attackers_hook=attack.local, attackers_start=attack.start
+    )
+  )
   state = make_state(model)
   stay = jnp.ones(model.neurons, bool)
 
@@ -206,6 +210,28 @@ def test_a_pruning_aware_attacker_uses_no_neuron_that_will_go(model):
   assert not trained(0, True).any()
   # Before it attacks, and for the others, nothing is held.
   assert trained(0, False).all() and trained(1, False).all()
+
+  # Nor does the first step see what such a neuron was before.
+  def first_step(params):
+    step = make_training(
+      model,
+      attackers_hook=attack.local,
+      attackers_start=attack.start,
+      epochs=1,
+      most_steps=1,
+    )
+    after, _ = jax.jit(step)(
+      params,
+      federations.select(federation, 0),
+      stay,
+      jnp.asarray(True),
+      jax.random.key(0),
+    )
+    return after
+
+  chex.assert_trees_all_equal(
+    first_step(state.params), first_step(attack.start(state.params))
+  )
 
   updates = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), state.params)
   sent = attack.updates(updates, federation, federation.attacker)

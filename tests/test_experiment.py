@@ -173,6 +173,22 @@ def test_fine_tuning_ends_when_enough_is_recovered(config, cleanse):
     assert tuned["fine_tune_rounds"] == expected
 
 
+@pytest.mark.parametrize("cleanse", ["ft,aw,ft", "fst,ft", "fp,ft"])
+def test_what_is_enough_is_relative_to_the_trained_model(config, cleanse):
+  config = _with(
+    config, cleanse=cleanse, fine_tune_drop=0.01, server_epochs=1, rounds=4
+  )
+  experiment.run(config, quiet=True)
+  results, lines, _ = _final(config)
+  trained = [line for line in lines if line["phase"] == "training"][-1]
+  known = [
+    phase["accuracy_before"]
+    for phase in results["phases"]
+    if "accuracy_before" in phase
+  ]
+  assert known[0] == pytest.approx(trained["accuracy"])
+
+
 def test_fine_tuning_may_aggregate_in_its_own_way(config):
   config = _with(config, rounds=2, cleanse="ft", fine_tune_rounds=1)
   plain = experiment.setup(config)
@@ -587,13 +603,19 @@ def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch):
   monkeypatch.setattr(experiment.consoles.Console, "advance", stopping)
   with pytest.raises(errors.InterruptedRunError, match="SIGTERM"):
     experiment.run(config, quiet=True)
-  monkeypatch.undo()
   name, done = told[-1]
   assert name == "nc-prune: reversing triggers" and done < 50
   # It begins again, and the trained model is not trained again.
+  told.clear()
+  monkeypatch.setattr(
+    experiment.consoles.Console,
+    "advance",
+    lambda self, done, *arguments: told.append((self._name, done)),
+  )
   results = experiment.run(config, quiet=True)
   names = [phase["name"] for phase in results["phases"]]
   assert names == ["training", "nc-prune"]
+  assert told[0] == ("nc-prune: reversing triggers", 0)
 
 
 def test_signals_are_handled_as_before_after_a_run(config):
@@ -698,11 +720,14 @@ def test_training_that_diverges_stops_with_the_last_good_checkpoint(config):
   assert int(state.round) == 0
 
 
-@pytest.mark.parametrize("validation_size", [60, 0])
-def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
-  """Also where the clients have to report accuracies."""
+@pytest.mark.parametrize("validation_size, attackers", [(60, 0), (0, 1)])
+def test_a_population_on_the_host_ends_in_the_same(
+  config, validation_size, attackers
+):
+  """Also where the clients have to report accuracies, or nobody attacks."""
   config = _with(
     config,
+    num_attackers=attackers,
     clients_per_round=2,
     rounds=2,
     fine_tune_rounds=1,

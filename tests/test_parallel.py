@@ -204,4 +204,7 @@ def test_two_processes_stop_resume_and_give_what_one_gives(tmp_path):
   for phase, other in zip(*(r["phases"] for r in results), strict=True):
     for key in ("test_accuracy", "attack_success"):
       assert phase[key] == pytest.approx(other[key], abs=2e-3), phase["name"]
+  # The reversal begins at random, so that few steps tell whether it was one.
+  found, other = (r["phases"][2]["trigger_norms"] for r in results)
+  assert found == pytest.approx(other, rel=1e-3)
   assert results[1]["environment"]["devices"] == 2

@@ -50,7 +50,8 @@ def test_every_file_that_is_named_exists(document):
   ]
   for link in links:
     assert (path.parent / link).exists(), link
-  for name in re.findall(r"(?:`|=| )(launch/[a-z_0-9.]+)", text):
+  named = re.findall(r"(?:`|=| )(launch/[\w./-]+|\.ci/[a-z]+)", text)
+  for name in named:
     assert (ROOT / name.rstrip(".")).exists(), name
 
 

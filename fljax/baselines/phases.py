@@ -329,6 +329,7 @@ def cleanse_as_oracle(
 def prune_and_tune(
   model: models.Model,
   params: models.Params,
+  neuron_mask: Array,
   validation: evaluate.Examples,
   *,
   key: Array,
@@ -343,6 +344,7 @@ def prune_and_tune(
   Args:
     model: the network.
     params: the trained model.
+    neuron_mask: bool [neurons], False for neurons pruned before.
     validation: the server's images.
     key: random key.
     learning_rate: of fine-tuning.
@@ -357,18 +359,22 @@ def prune_and_tune(
   pruned = fine_pruning.prune(
     model, params, validation, validation, max_drop=max_drop
   )
+  after = pruned.neuron_mask & neuron_mask
   params = fine_pruning.fine_tune(
     model,
     pruned.params,
-    pruned.neuron_mask,
+    after,
     *server_images(validation),
     key=key,
     optimizer=server.sgd(learning_rate, gradient_clip),
     epochs=epochs,
     augmentation=augmentation,
   )
-  facts = {"pruned_neurons": pruned.num_pruned, "neurons": model.neurons}
-  return Mitigated(params, pruned.neuron_mask, facts)
+  facts = {
+    "pruned_neurons": int((neuron_mask & ~after).sum()),
+    "neurons": model.neurons,
+  }
+  return Mitigated(params, after, facts)
 
 
 def shift_features(

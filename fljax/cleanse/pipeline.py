@@ -288,7 +288,8 @@ def fine_tune(
   because the server's state carries the mask (`rounds.ServerState`).
 
   Args:
-    block: from `rounds.make_block`; the very program that trained the model.
+    block: from `rounds.make_block`; the very program that trained the model,
+      unless fine-tuning has a rule of its own.
     state: the server's state with the pruned model and its mask. It is
       copied, so that it is still there afterwards.
     federation: all clients; their `scale` is the amplification that attackers

@@ -56,7 +56,7 @@ def discussion_1(bases: Bases) -> Table:
     1,
     "Section VI-B, attack 1: false ranks, votes and accuracies",
     "Attackers report the backdoor's neurons as their most active ones, or lie"
-    " about accuracy where clients choose the pruning rate.",
+    " about accuracy where clients choose how far pruning and adjusting go.",
     tuple(rows),
     honest={0, 3},
   )

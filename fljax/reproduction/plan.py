@@ -262,7 +262,7 @@ def leaves_little(
     labels: the rows meant, by their position, and what to call them.
 
   Returns:
-    For `Table.claims`.
+    What judges a statement, see `Table`.
   """
   column = places(columns)[way, "AA"]
 

@@ -114,15 +114,27 @@ def test_the_oracle_takes_the_lowest_attack_success_of_what_it_tried():
 
 
 def test_fine_pruning_prunes_and_tunes():
-  after = phases.prune_and_tune(
-    MODEL,
-    PARAMS,
-    CLEAN,
-    key=jax.random.key(0),
-    learning_rate=0.05,
-    max_drop=0.05,
+  def tuned(neuron_mask, params):
+    return phases.prune_and_tune(
+      MODEL,
+      params,
+      neuron_mask,
+      CLEAN,
+      key=jax.random.key(0),
+      learning_rate=0.05,
+      max_drop=0.05,
+    )
+
+  after = tuned(ALL, PARAMS)
+  count = after.facts["pruned_neurons"]
+  assert count == int((~after.neuron_mask).sum()) > 0
+  # What was pruned before stays so, and is not counted again.
+  pruned = models.mask_neurons(MODEL, PARAMS, after.neuron_mask)
+  again = tuned(after.neuron_mask, pruned)
+  assert not (again.neuron_mask & ~after.neuron_mask).any()
+  assert (
+    again.facts["pruned_neurons"] == int((~again.neuron_mask).sum()) - count
   )
-  assert after.facts["pruned_neurons"] == int((~after.neuron_mask).sum()) > 0
   kernel = models.target_kernel(MODEL, after.params)
   assert not np.asarray(kernel)[..., ~np.asarray(after.neuron_mask)].any()
   assert float(_measure(MODEL, after.params, CLEAN)) > 0.9
