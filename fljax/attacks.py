@@ -1,9 +1,9 @@
-"""What malicious clients do: five pure hooks, identity by default.
+"""What malicious clients do: six pure hooks, identity by default.
 
-On the data before training, on an attacker's loss in each local step and its
-model after it, on the stacked updates of a round, and on the reports that
-clients send to the defence. An attack never sees a defence's inside, and no
-aggregator or defence imports this module.
+On the data before training, on an attacker's loss in each local step, on its
+model before the first and after each, on the stacked updates of a round, and
+on the reports that clients send to the defence. An attack never sees a
+defence's inside, and no aggregator or defence imports this module.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LossHook(Protocol):
 
 
 class LocalHook(Protocol):
-  """Changes an attacker's model after each of its local steps."""
+  """Changes an attacker's model after each of its local steps, or before."""
 
   def __call__(self, params: Params) -> Params:
     """Args: the local model. Returns: the one that training goes on from."""
@@ -145,7 +145,7 @@ class Attack(NamedTuple):
     updates: see `UpdateHook`.
     report: see `ReportHook`.
     local: see `LocalHook`, after each local step; None changes nothing.
-    start: likewise, of the global model before the first step.
+    start: likewise, on the global model before the first step.
     loss: see `LossHook`; None adds nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each

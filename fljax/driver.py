@@ -47,7 +47,7 @@ Array = jax.Array
 Config = configs.Config
 
 TRAINING = "training"
-# Of a phase: the accuracy, as the searches see it, of the model it began with.
+# Of a search: the accuracy, as it sees it, of the model that it began with.
 ACCURACY_BEFORE = "accuracy_before"
 
 
@@ -174,6 +174,9 @@ class Driver:
     try:
       if not self.trained:
         self._train()
+      if self.config.fine_tune_drop >= 0 and len(self.phases) == 1:
+        # What `_enough` is relative to, before any phase changes the model.
+        self.phases[0]["accuracy"] = self._validation_accuracy()
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in course(self.config.phases):
         if name not in done:
@@ -362,9 +365,6 @@ class Driver:
   # --- cleansing -------------------------------------------------------------
 
   def _phase(self, name: str, kind: str, state: Any) -> Any:
-    known: dict[str, Any] = {}
-    if self._wants_accuracy_before(kind):
-      known[ACCURACY_BEFORE] = self._validation_accuracy(state)
     started = time.perf_counter()
     run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
     if kind in run_phase:
@@ -375,7 +375,7 @@ class Driver:
     self.console.stop()
     # What another phase found for this one counts as if it had been done here.
     seconds = time.perf_counter() - started + facts.pop("seconds_before", 0.0)
-    self._record(name, state, seconds, **{**known, **facts})
+    self._record(name, state, seconds, **facts)
     # TA and AA along the curve are for the figures, not for the choice, and
     # are no part of the phase's time.
     for line in curve():
@@ -521,11 +521,10 @@ class Driver:
       experiment.key,
       rounds=config.fine_tune_rounds,
       patience=config.fine_tune_patience,
-      enough=self._enough(state),
+      enough=self._enough(),
       examples=experiment.examples,
       on_round=tell,
     )
-    self.console.stop()
     if tuned.bad_round:
       raise errors.DivergedError(
         f"fine-tuning became not finite in its round {tuned.rounds}: lower"
@@ -536,30 +535,19 @@ class Driver:
     facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}
     return tuned.state, facts, lambda: iter(lines)
 
-  def _enough(self, state: Any) -> float | None:
+  def _enough(self) -> float | None:
     """With what accuracy fine-tuning is done, if that was asked for."""
     drop = self.config.fine_tune_drop
-    if drop < 0:
-      return None
-    for phase in self.phases:
-      # The first one that knows began with the trained model.
-      if ACCURACY_BEFORE in phase:
-        return float(phase[ACCURACY_BEFORE]) - drop
-    return self._validation_accuracy(state) - drop
+    return None if drop < 0 else float(self.phases[0]["accuracy"]) - drop
 
-  def _wants_accuracy_before(self, kind: str) -> bool:
-    """Whether a first phase without a search has to measure for `_enough`."""
-    return (
-      self.config.fine_tune_drop >= 0
-      and kind not in ("fp", "aw")
-      and not any(ACCURACY_BEFORE in phase for phase in self.phases)
-    )
-
-  def _validation_accuracy(self, state: Any) -> float:
+  def _validation_accuracy(self) -> float:
+    """That of the state, on the server's images."""
     experiment = self.experiment
     assert experiment.validation is not None
     return float(
-      evaluate.measure(experiment.model, state.params, experiment.validation)
+      evaluate.measure(
+        experiment.model, self.state.params, experiment.validation
+      )
     )
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:

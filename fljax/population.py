@@ -70,7 +70,8 @@ class Population:
     nothing = np.empty((len(images), 0, 0, 0), np.uint8)
     clients = create(nothing, labels, partition)
     self.clients: federations.Federation = jax.tree.map(np.array, clients)
-    self._attackers_images = np.empty(0, np.uint8)
+    samples = partition.indices.shape[1]
+    self._attackers_images = np.empty((0, samples, *images.shape[1:]), np.uint8)
     if num_attackers:
       own = partitions.Partition(
         partition.indices[:num_attackers], partition.mask[:num_attackers]
@@ -111,8 +112,7 @@ class Population:
     chosen = np.asarray(chosen)
     images = self._images[self._indices[chosen]]
     attacks = np.flatnonzero(chosen < len(self._attackers_images))
-    if len(attacks):
-      images[attacks] = self._attackers_images[chosen[attacks]]
+    images[attacks] = self._attackers_images[chosen[attacks]]
     cohort = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.clients)
     cohort = cohort.replace(images=images)
     if self.mesh is not None:

@@ -45,6 +45,18 @@ def test_a_cohort_is_what_the_federation_has_there():
   chex.assert_trees_all_equal(population.cohort(chosen), expected)
 
 
+def test_a_cohort_where_nobody_attacks():
+  images, labels, partition = make_dealt(CLIENTS, SAMPLES)
+  population = populations.Population(
+    images, labels, partition, poison=None, num_attackers=0, pieces=[]
+  )
+  cohort = population.cohort(np.asarray([2, 0]))
+  np.testing.assert_array_equal(
+    cohort.images, images[partition.indices[np.asarray([2, 0])]]
+  )
+  assert not cohort.attacker.any()
+
+
 @pytest.mark.parametrize("lengths", [(4,), (1, 3), (0, 2, 2)])
 def test_training_is_the_same_wherever_the_images_are(model, lengths):
   federation, population, attack = make_both()
