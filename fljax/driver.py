@@ -611,6 +611,8 @@ class Driver:
       "key": jax.random.fold_in(jax.random.key(config.seed), 4),
       "learning_rate": config.server_learning_rate,
       "gradient_clip": config.gradient_clip,
+      "mesh": experiment.mesh,
+      "on_progress": self._progress(name),
     }
     longer: dict[str, Any] = {
       **tuning,
@@ -628,8 +630,6 @@ class Driver:
         experiment.backdoored,
         target=config.target_label,
         settings=phases.ORACLE._replace(steps=config.nc_steps),
-        mesh=experiment.mesh,
-        on_progress=self._progress(name),
         max_drop=config.pruning_drop,
         **tuning,
       )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
 
 import jax
@@ -139,7 +140,24 @@ def _where(condition: Array, new: Params, old: Params) -> Params:
   return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
-def sgd_training(
+class Steps(NamedTuple):
+  """A client's training in steps, for whoever runs the loop over them.
+
+  Attributes:
+    batches: (client, active, key) -> what each step takes: indices of samples,
+      int32 [steps, batch], those that are no sample out of range, and keys
+      [steps].
+    begin: (params, active) -> what steps hand on, the parameters first.
+    step: (that, a row of `batches`, client, neuron_mask, active) -> what it
+      hands on, and the sum of the loss over how many samples, two scalars.
+  """
+
+  batches: Callable[[federations.Federation, Array, Array], tuple[Array, Array]]
+  begin: Callable[[Params, Array], tuple[Params, Any]]
+  step: Callable[..., tuple[tuple[Params, Any], tuple[Array, Array]]]
+
+
+def sgd_steps(
   model: models.Model,
   optimizer: optax.GradientTransformation,
   *,
@@ -153,12 +171,8 @@ def sgd_training(
   attackers_start: Callable[[Params], Params] | None = None,
   attackers_loss: Callable[[Params, Array, Array, Array, Array, Array], Array]
   | None = None,
-) -> LocalTraining:
-  """Local epochs of mini-batch gradient descent.
-
-  The optimizer's state starts afresh in every round. A batch without any
-  sample that counts changes nothing, so clients of unequal size train
-  together under one shape.
+) -> Steps:
+  """The steps that `sgd_training` is made of.
 
   Args:
     model: the network.
@@ -181,7 +195,7 @@ def sgd_training(
       each step, but not to the loss that is returned.
 
   Returns:
-    The training function.
+    The steps.
   """
   dtype = execution.compute_dtype(precision)
 
@@ -205,7 +219,92 @@ def sgd_training(
       total += jnp.where(active, added, 0.0)
     return total, (loss, statistics)
 
+  def batches(
+    client: federations.Federation, active: Array, key: Array
+  ) -> tuple[Array, Array]:
+    counts = federations.training_mask(client, active)
+    size = min(batch_size, counts.shape[0])
+    indices = jax.vmap(lambda k: epoch_batches(k, counts, size))(
+      jax.random.split(key, epochs)
+    ).reshape(-1, size)
+    if most_steps:
+      indices = indices[:most_steps]
+    # Not among those that shuffle: without augmentation nothing changes.
+    keys = jax.random.split(jax.random.fold_in(key, epochs), len(indices))
+    return indices, keys
+
+  def begin(params: Params, active: Array) -> tuple[Params, Any]:
+    if attackers_start is not None:
+      params = _where(active, attackers_start(params), params)
+    return params, optimizer.init(params)
+
   @execution.at_precision(precision)
+  def step(
+    carry: tuple[Params, Any],
+    batch: tuple[Array, Array],
+    client: federations.Federation,
+    neuron_mask: Array,
+    active: Array,
+  ) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
+    params, opt_state = carry
+    indices, step_key = batch
+    counts = federations.training_mask(client, active)
+    rate = client.rate * jnp.where(active, client.attack_rate, 1.0)
+    samples = counts.shape[0]
+    valid = indices < samples
+    indices = jnp.minimum(indices, samples - 1)
+    mask = valid & counts[indices]
+    images = augment(step_key, client.images[indices], augmentation)
+    stamped = triggers.stamp(images, client.trigger)
+    poisoned = client.poisoned[indices]
+    images = jnp.where(poisoned.reshape(-1, 1, 1, 1), stamped, images)
+    grads, (loss, statistics) = jax.grad(loss_fn, has_aux=True)(
+      params,
+      images,
+      client.labels[indices],
+      poisoned,
+      mask,
+      active,
+      jax.random.fold_in(step_key, _LOSS_KEY),
+    )
+    updates, new_state = optimizer.update(grads, opt_state, params)
+    updates = jax.tree.map(lambda leaf: rate * leaf, updates)
+    new = optax.apply_updates(params, updates)
+    # Also undoes what the optimizer did to them: weight decay, for example.
+    new = models.with_running_statistics(new, statistics)
+    if attackers_hook is not None:
+      new = _where(active, attackers_hook(new), new)
+    new = models.mask_neurons(model, new, neuron_mask)
+    count = mask.sum().astype(jnp.float32)
+    carry = jax.tree.map(
+      lambda new, old: jnp.where(count > 0, new, old),
+      (new, new_state),
+      (params, opt_state),
+    )
+    return carry, (loss * count, count)
+
+  return Steps(batches, begin, step)
+
+
+def sgd_training(
+  model: models.Model, optimizer: optax.GradientTransformation, **options: Any
+) -> LocalTraining:
+  """Local epochs of mini-batch gradient descent.
+
+  The optimizer's state starts afresh in every round. A batch without any
+  sample that counts changes nothing, so clients of unequal size train
+  together under one shape.
+
+  Args:
+    model: the network.
+    optimizer: applied to the masked mean gradient of each batch.
+    **options: see `sgd_steps`.
+
+  Returns:
+    The training function.
+  """
+  steps = sgd_steps(model, optimizer, **options)
+
   def train(
     params: Params,
     client: federations.Federation,
@@ -213,61 +312,13 @@ def sgd_training(
     active: Array,
     key: Array,
   ) -> tuple[Params, Array]:
-    counts = federations.training_mask(client, active)
-    rate = client.rate * jnp.where(active, client.attack_rate, 1.0)
-    samples = counts.shape[0]
-    size = min(batch_size, samples)
-    batches = jax.vmap(lambda k: epoch_batches(k, counts, size))(
-      jax.random.split(key, epochs)
-    ).reshape(-1, size)
-    if most_steps:
-      batches = batches[:most_steps]
-
-    def step(
-      carry: Any, batch: tuple[Array, Array]
-    ) -> tuple[Any, tuple[Array, Array]]:
-      params, opt_state = carry
-      indices, step_key = batch
-      valid = indices < samples
-      indices = jnp.minimum(indices, samples - 1)
-      mask = valid & counts[indices]
-      images = augment(step_key, client.images[indices], augmentation)
-      stamped = triggers.stamp(images, client.trigger)
-      poisoned = client.poisoned[indices]
-      images = jnp.where(poisoned.reshape(-1, 1, 1, 1), stamped, images)
-      grads, (loss, statistics) = jax.grad(loss_fn, has_aux=True)(
-        params,
-        images,
-        client.labels[indices],
-        poisoned,
-        mask,
-        active,
-        jax.random.fold_in(step_key, _LOSS_KEY),
-      )
-      updates, new_state = optimizer.update(grads, opt_state, params)
-      updates = jax.tree.map(lambda leaf: rate * leaf, updates)
-      new = optax.apply_updates(params, updates)
-      # Also undoes what the optimizer did to them: weight decay, for example.
-      new = models.with_running_statistics(new, statistics)
-      if attackers_hook is not None:
-        new = _where(active, attackers_hook(new), new)
-      new = models.mask_neurons(model, new, neuron_mask)
-      count = mask.sum().astype(jnp.float32)
-      carry = jax.tree.map(
-        lambda new, old: jnp.where(count > 0, new, old),
-        (new, new_state),
-        (params, opt_state),
-      )
-      return carry, (loss * count, count)
-
-    if attackers_start is not None:
-      params = _where(active, attackers_start(params), params)
-    start = (params, optimizer.init(params))
-    # Not among those that shuffle: without augmentation nothing changes.
-    step_keys = jax.random.split(
-      jax.random.fold_in(key, epochs), batches.shape[0]
+    (params, _), (losses, numbers) = lax.scan(
+      lambda carry, batch: steps.step(
+        carry, batch, client, neuron_mask, active
+      ),
+      steps.begin(params, active),
+      steps.batches(client, active, key),
     )
-    (params, _), (losses, numbers) = lax.scan(step, start, (batches, step_keys))
     return params, losses.sum() / jnp.maximum(numbers.sum(), 1)
 
   return train

@@ -298,6 +298,31 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
   )
 
 
+def spread_batches(
+  indices: Array, mesh: Mesh | None, *, fill: int | Array
+) -> Array:
+  """Within a program: spreads every batch of samples over a mesh.
+
+  What a step computes of its batch is then spread likewise.
+
+  Args:
+    indices: int32 [steps, batch].
+    mesh: None leaves them as they are.
+    fill: what batches are filled up with to be divisible, an index that is no
+      sample's.
+
+  Returns:
+    int32 [steps, batch] or, filled up, a little more.
+  """
+  if mesh is None:
+    return indices
+  padding = -indices.shape[1] % mesh.size
+  return lax.with_sharding_constraint(
+    jnp.pad(indices, [(0, 0), (0, padding)], constant_values=fill),
+    jax.sharding.NamedSharding(mesh, Spec(None, AXIS)),
+  )
+
+
 def without_padding(
   federation: federations.Federation,
 ) -> federations.Federation:

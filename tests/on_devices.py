@@ -22,12 +22,14 @@ from fljax import aggregators  # noqa: E402
 from fljax import attacks  # noqa: E402
 from fljax import networks  # noqa: E402
 
-networks.NETWORKS["tiny"] = conftest.TINY
+# Batch normalisation has sums over a batch of its own.
+networks.NETWORKS["tiny"] = conftest.TINY._replace(norm=True, hidden=())
 
 from fljax import config as configs  # noqa: E402
 from fljax import experiment  # noqa: E402
 from fljax import parallel  # noqa: E402
 from fljax import rounds  # noqa: E402
+from fljax.baselines import feature_shift  # noqa: E402
 from fljax.baselines import neural_cleanse  # noqa: E402
 from fljax.cleanse import pruning  # noqa: E402
 from fljax.cleanse import reports  # noqa: E402
@@ -119,6 +121,28 @@ def on_classes():
   return found
 
 
+def on_tuning():
+  """Server's training, batches spread: 20 images, filled up to 24."""
+  images, labels = conftest.make_images(60, seed=3)
+  model = networks.build("tiny", image_shape=images.shape[1:], num_classes=4)
+  params = model.init(KEY)
+  results = [
+    feature_shift.tune(
+      model,
+      parallel.replicate(params, spread),
+      jax.numpy.arange(model.neurons) != 1,
+      images,
+      labels,
+      key=KEY,
+      batch_size=20,
+      epochs=2,
+      mesh=spread,
+    )
+    for spread in (None, parallel.make_mesh())
+  ]
+  return {"tuning": difference(*results)}
+
+
 def on_experiment(folder):
   """A whole experiment."""
   results = []
@@ -145,7 +169,7 @@ def on_experiment(folder):
 
 if __name__ == "__main__":
   differences = (
-    {**on_rounds(), **on_classes()}
+    {**on_rounds(), **on_classes(), **on_tuning()}
     if sys.argv[1] == "rounds"
     else on_experiment(sys.argv[2])
   )

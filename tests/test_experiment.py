@@ -414,6 +414,8 @@ def test_the_server_trains_as_the_settings_say(config, monkeypatch):
   experiment.run(config, quiet=True)
   for settings in asked.values():
     assert settings.pop("key") is not None
+    assert settings.pop("on_progress") is not None
+    assert settings.pop("mesh") is None
   told["augmentation"] = "flip"
   assert asked == {
     "shift_features": {**told, "weight": 0.3},
@@ -596,8 +598,11 @@ def test_a_signal_saves_and_the_run_goes_on(
   _assert_same(uninterrupted, _final(stopped))
 
 
-def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch):
-  config = _with(config, rounds=1, cleanse="nc-prune", nc_steps=50)
+@pytest.mark.parametrize(
+  ("kind", "what"), [("nc-prune", "reversing triggers"), ("fst", "tuning")]
+)
+def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch, kind, what):
+  config = _with(config, rounds=1, cleanse=kind, nc_steps=50, server_epochs=30)
   advance = experiment.consoles.Console.advance
   told = []
 
@@ -611,7 +616,7 @@ def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch):
   with pytest.raises(errors.InterruptedRunError, match="SIGTERM"):
     experiment.run(config, quiet=True)
   name, done = told[-1]
-  assert name == "nc-prune: reversing triggers" and done < 50
+  assert name == f"{kind}: {what}" and done < 50
   # It begins again, and the trained model is not trained again.
   told.clear()
   monkeypatch.setattr(
@@ -621,8 +626,8 @@ def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch):
   )
   results = experiment.run(config, quiet=True)
   names = [phase["name"] for phase in results["phases"]]
-  assert names == ["training", "nc-prune"]
-  assert told[0] == ("nc-prune: reversing triggers", 0)
+  assert names == ["training", kind]
+  assert told[0] == (f"{kind}: {what}", 0)
 
 
 def test_signals_are_handled_as_before_after_a_run(config):

@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -21,15 +22,13 @@ import numpy as np
 import optax
 
 from fljax import models
+from fljax import parallel
 from fljax.baselines import server
 
 Array = jax.Array
 Params = models.Params
 
 
-@functools.partial(
-  jax.jit, static_argnames=("model", "epochs", "batch_size", "augmentation")
-)
 def tune(
   model: models.Model,
   params: Params,
@@ -44,6 +43,8 @@ def tune(
   epochs: int = 10,
   batch_size: int = 50,
   augmentation: str = "none",
+  mesh: parallel.Mesh | None = None,
+  on_steps: server.OnSteps | None = None,
 ) -> Params:
   """Draws the last layer anew and trains everything, that layer away from w₀.
 
@@ -64,6 +65,8 @@ def tune(
     epochs: passes over the images.
     batch_size: images per step.
     augmentation: see `local.augment`.
+    mesh: devices that every batch is spread over.
+    on_steps: see `server.train`.
 
   Returns:
     The tuned parameters.
@@ -88,33 +91,45 @@ def tune(
   if bias_path is not None:
     bias = models.head_leaf(params, bias_path)
     start = models.with_head_leaf(start, bias_path, drawn(bias_key, bias))
-  optimizer = optax.chain(
-    _pulled(path, weight * before),
-    _sgd(len(labels), learning_rate, gradient_clip, epochs, batch_size),
-    _of_norm(path, jnp.linalg.norm(before)),
-  )
   return server.train(
     model,
     start,
     neuron_mask,
-    jnp.asarray(images),
-    jnp.asarray(labels),
+    images,
+    labels,
     key=train_key,
-    optimizer=optimizer,
+    optimizer=_optimizer(path, epochs * -(-len(labels) // batch_size)),
+    arguments=(before, weight, learning_rate, gradient_clip),
     epochs=epochs,
     batch_size=batch_size,
     augmentation=augmentation,
+    mesh=mesh,
+    on_steps=on_steps,
   )
 
 
+# One function per path and number, so that calls share one compiled program.
+@functools.cache
+def _optimizer(
+  path: tuple[str, ...], steps: int
+) -> Callable[..., optax.GradientTransformation]:
+  """Makes the optimizer of the trained kernel w₀, α, rate and limit."""
+
+  def make(
+    before: Array, weight: Array, learning_rate: Array, gradient_clip: Array
+  ) -> optax.GradientTransformation:
+    return optax.chain(
+      _pulled(path, weight * before),
+      _sgd(steps, learning_rate, gradient_clip),
+      _of_norm(path, jnp.linalg.norm(before)),
+    )
+
+  return make
+
+
 def _sgd(
-  samples: int,
-  learning_rate: float | Array,
-  gradient_clip: float | Array,
-  epochs: int,
-  batch_size: int,
+  steps: int, learning_rate: Array, gradient_clip: Array
 ) -> optax.GradientTransformation:
-  steps = epochs * -(-samples // batch_size)
 
   def rate(count: Array) -> Array:
     done = count.astype(jnp.float32) / steps

@@ -22,6 +22,7 @@ import optax
 
 from fljax import evaluate
 from fljax import models
+from fljax import parallel
 from fljax.baselines import server
 from fljax.cleanse import pipeline
 
@@ -78,6 +79,8 @@ def fine_tune(
   epochs: int = 10,
   batch_size: int = 50,
   augmentation: str = "none",
+  mesh: parallel.Mesh | None = None,
+  on_steps: server.OnSteps | None = None,
 ) -> models.Params:
   """Trains the pruned model on clean images; pruned neurons stay at zero.
 
@@ -92,6 +95,8 @@ def fine_tune(
     epochs: passes over the images.
     batch_size: images per step.
     augmentation: see `local.augment`.
+    mesh: devices that every batch is spread over.
+    on_steps: see `server.train`.
 
   Returns:
     The fine-tuned parameters.
@@ -99,15 +104,17 @@ def fine_tune(
   References:
     The paper, "Fine-Pruning Defense".
   """
-  return server.compiled_train(
+  return server.train(
     model,
     params,
     neuron_mask,
-    jnp.asarray(images),
-    jnp.asarray(labels),
+    images,
+    labels,
     key=key,
     optimizer=optimizer,
     epochs=epochs,
     batch_size=batch_size,
     augmentation=augmentation,
+    mesh=mesh,
+    on_steps=on_steps,
   )

@@ -831,6 +831,8 @@ def unlearn(
   share_of_data: float = 1.0,
   share_triggered: float = 0.2,
   neuron_mask: Array | None = None,
+  mesh: parallel.Mesh | None = None,
+  on_steps: server.OnSteps | None = None,
 ) -> models.Params:
   """Trains the model to see through the reversed trigger.
 
@@ -851,6 +853,8 @@ def unlearn(
     share_triggered: how many of those drawn get the trigger.
     neuron_mask: bool [neurons], False for neurons pruned before, which stay
       at zero; None has none.
+    mesh: devices that every batch is spread over.
+    on_steps: see `server.train`.
 
   Returns:
     The parameters after unlearning.
@@ -873,7 +877,7 @@ def unlearn(
   )
   if neuron_mask is None:
     neuron_mask = jnp.ones(model.neurons, bool)
-  return server.compiled_train(
+  return server.train(
     model,
     params,
     neuron_mask,
@@ -883,4 +887,6 @@ def unlearn(
     optimizer=optimizer,
     epochs=epochs,
     batch_size=batch_size,
+    mesh=mesh,
+    on_steps=on_steps,
   )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -104,20 +105,29 @@ def find_suspects(
     key=jax.random.split(key)[0],
     settings=settings,
     mesh=mesh,
-    on_steps=_steps(on_progress, settings),
+    on_steps=_reversing(on_progress, settings),
   )
   # On the host, to go wherever the model is.
   found = jax.tree.map(np.asarray, found)
   return Suspects(found, neural_cleanse.outliers(found.norms))
 
 
-def _steps(
+def _reversing(
   on_progress: OnProgress | None, settings: neural_cleanse.Settings
 ) -> Callable[[int], None] | None:
   """Tells of the steps of a reversal."""
   if on_progress is None:
     return None
   return lambda done: on_progress("reversing triggers", done, settings.steps)
+
+
+def _tuning(
+  on_progress: OnProgress | None, what: str = "tuning"
+) -> server.OnSteps | None:
+  """Tells of the steps of a training by the server."""
+  if on_progress is None:
+    return None
+  return functools.partial(on_progress, what)
 
 
 def cleanse(
@@ -132,6 +142,8 @@ def cleanse(
   learning_rate: float,
   max_drop: float,
   gradient_clip: float = 0.0,
+  mesh: parallel.Mesh | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Mitigated:
   """Neural Cleanse, second half: removes the triggers of flagged classes.
 
@@ -146,6 +158,8 @@ def cleanse(
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost, for each flagged class.
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
+    mesh: devices that unlearning spreads its batches over.
+    on_progress: is told of the steps of unlearning.
 
   Returns:
     The mitigated model. The facts name the flagged classes; if there is none,
@@ -157,6 +171,7 @@ def cleanse(
   flagged = np.flatnonzero(np.asarray(outliers.flagged)).tolist()
   before = neuron_mask
   for position in flagged:
+    label = int(found.targets[position])
     params, neuron_mask = _remove(
       model,
       params,
@@ -169,6 +184,8 @@ def cleanse(
       key=jax.random.fold_in(unlearn_key, position),
       optimizer=server.sgd(learning_rate, gradient_clip),
       max_drop=max_drop,
+      mesh=mesh,
+      on_steps=_tuning(on_progress, f"unlearning label {label}"),
     )
   facts = {
     "flagged_labels": [int(found.targets[position]) for position in flagged],
@@ -195,6 +212,8 @@ def _remove(
   key: Array,
   optimizer: optax.GradientTransformation,
   max_drop: float,
+  mesh: parallel.Mesh | None,
+  on_steps: server.OnSteps | None,
 ) -> tuple[models.Params, Array]:
   """Removes what one trigger stands for; `own` are the examples unbatched."""
   mask, pattern = found.masks[position], found.patterns[position]
@@ -218,6 +237,8 @@ def _remove(
     key=key,
     optimizer=optimizer,
     neuron_mask=neuron_mask,
+    mesh=mesh,
+    on_steps=on_steps,
   )
   return params, neuron_mask
 
@@ -265,7 +286,7 @@ def cleanse_as_oracle(
     learning_rate: of unlearning.
     max_drop: accuracy that pruning may cost.
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
-    mesh: devices that the rates are spread over.
+    mesh: devices that the rates, and unlearning's batches, are spread over.
     on_progress: is told of the steps of the reversal, then of what was tried.
 
   Returns:
@@ -289,7 +310,7 @@ def cleanse_as_oracle(
     settings=settings,
     learning_rates=rates,
     mesh=mesh,
-    on_steps=_steps(on_progress, settings),
+    on_steps=_reversing(on_progress, settings),
   )
   found = jax.tree.map(np.asarray, found)  # To go wherever the model is.
   for position, rate in enumerate(rates):
@@ -306,6 +327,8 @@ def cleanse_as_oracle(
         key=unlearn_key,
         optimizer=server.sgd(learning_rate, gradient_clip),
         max_drop=max_drop,
+        mesh=mesh,
+        on_steps=_tuning(on_progress, f"unlearning, rate {rate:g}"),
       )
       accuracy = float(evaluate.measure(model, after, test))
       success = float(evaluate.measure(model, after, backdoored))
@@ -338,6 +361,8 @@ def prune_and_tune(
   gradient_clip: float = 0.0,
   epochs: int = 10,
   augmentation: str = "none",
+  mesh: parallel.Mesh | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Mitigated:
   """Fine-Pruning: prunes what clean images leave silent, then tunes on them.
 
@@ -352,6 +377,8 @@ def prune_and_tune(
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     epochs: of fine-tuning.
     augmentation: see `local.augment`.
+    mesh: devices that tuning spreads its batches over.
+    on_progress: is told of the steps of tuning.
 
   Returns:
     The mitigated model.
@@ -369,6 +396,8 @@ def prune_and_tune(
     optimizer=server.sgd(learning_rate, gradient_clip),
     epochs=epochs,
     augmentation=augmentation,
+    mesh=mesh,
+    on_steps=_tuning(on_progress),
   )
   facts = {
     "pruned_neurons": int((neuron_mask & ~after).sum()),
@@ -389,6 +418,8 @@ def shift_features(
   weight: float,
   epochs: int,
   augmentation: str,
+  mesh: parallel.Mesh | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Mitigated:
   """Feature Shift Tuning on the server's images.
 
@@ -403,6 +434,8 @@ def shift_features(
     weight: α.
     epochs: of tuning.
     augmentation: see `local.augment`.
+    mesh: devices that tuning spreads its batches over.
+    on_progress: is told of the steps of tuning.
 
   Returns:
     The tuned model.
@@ -418,5 +451,7 @@ def shift_features(
     weight=weight,
     epochs=epochs,
     augmentation=augmentation,
+    mesh=mesh,
+    on_steps=_tuning(on_progress),
   )
   return Mitigated(params, neuron_mask, {})

@@ -38,20 +38,6 @@ def _stamped():
   )
 
 
-@pytest.mark.parametrize("count", [3, 9])
-def test_mean_activations_are_those_of_the_images_that_count(
-  model, params, count
-):
-  images, labels = make_images(count, seed=count)
-  examples = evaluate.batched(images, labels, batch_size=4, at_least=12)
-  # Padding must not count, whatever stands there.
-  noise = np.where(examples.mask[..., None, None, None], examples.images, 255)
-  examples = examples.replace(images=jnp.asarray(noise, jnp.uint8))
-  active = model.activations(params, model.stem(params, jnp.asarray(images)))
-  means = server.mean_activations(model, params, examples)
-  chex.assert_trees_all_close(means, active.mean(axis=(0, 1, 2)), rtol=1e-5)
-
-
 def test_inactive_neurons_are_pruned_before_active_ones():
   pruned = fine_pruning.prune(MODEL, PARAMS, CLEAN, CLEAN)
   assert set(pruned.order[:2]) == {planted.BACKDOOR, planted.DEAD}
@@ -69,7 +55,7 @@ def test_a_backdoor_that_clean_images_leave_dormant_is_gone():
 
 @pytest.mark.parametrize("max_drop", [0.0, 0.1, 0.4, 1.0])
 def test_the_step_that_falls_below_the_floor_is_undone(model, params, max_drop):
-  tuned = server.compiled_train(
+  tuned = server.train(
     model,
     params,
     jnp.ones(model.neurons, bool),
