@@ -579,7 +579,8 @@ class Config:
   )
   devices: int = _setting(
     0,
-    "Devices that clients are spread over; 0 takes all there are.",
+    "Devices that clients, and what the server computes by itself, are spread"
+    " over; 0 takes all there are.",
     low=0,
     identity=False,
   )

@@ -57,7 +57,7 @@ class Experiment(NamedTuple):
     validation: the server's own images, or None.
     test: the whole test split, for TA.
     backdoored: stamped test images, for AA; None without attackers.
-    mesh: the devices that clients are spread over; None for a single one.
+    mesh: the devices that work is spread over; None for a single one.
     data_sha256: the data set's `data.digest`.
   """
 

@@ -143,13 +143,16 @@ def _where(condition: Array, new: Params, old: Params) -> Params:
 class Steps(NamedTuple):
   """A client's training in steps, for whoever runs the loop over them.
 
+  What steps hand on are the parameters and the optimizer's state.
+
   Attributes:
-    batches: (client, active, key) -> what each step takes: indices of samples,
-      int32 [steps, batch], those that are no sample out of range, and keys
-      [steps].
-    begin: (params, active) -> what steps hand on, the parameters first.
-    step: (that, a row of `batches`, client, neuron_mask, active) -> what it
-      hands on, and the sum of the loss over how many samples, two scalars.
+    batches: (client, active, key) -> what each step takes: int32 [steps, batch]
+      indices of samples, where one of `samples` or more is none, and keys
+      [steps]. Batches may be filled up with such indices.
+    begin: (params, active) -> what the first step takes up.
+    step: (what was handed on, a step's indices and key, client, neuron_mask,
+      active) -> what it hands on, and (the sum of the losses of its samples,
+      how many they are), two scalars.
   """
 
   batches: Callable[[federations.Federation, Array, Array], tuple[Array, Array]]

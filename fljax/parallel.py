@@ -3,7 +3,8 @@
 A federation says where it lives (`Federation.mesh`); programs written with
 `map_clients` and `sum_over_clients` run there. Rows of padding, which make the
 clients axis divisible, cost time but count for nothing. `map_rows` does the
-same for rows that are no clients.
+same for rows that are no clients, and `spread_batches` spreads the batches of
+one training.
 
 Several processes, each with devices of its own, run the same program on one
 mesh of all devices. What only one of them may do, such as writing files, goes
@@ -298,9 +299,7 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
   )
 
 
-def spread_batches(
-  indices: Array, mesh: Mesh | None, *, fill: int | Array
-) -> Array:
+def spread_batches(indices: Array, mesh: Mesh | None, *, fill: int) -> Array:
   """Within a program: spreads every batch of samples over a mesh.
 
   What a step computes of its batch is then spread likewise.

@@ -22,8 +22,8 @@ from fljax import aggregators  # noqa: E402
 from fljax import attacks  # noqa: E402
 from fljax import networks  # noqa: E402
 
-# Batch normalisation has sums over a batch of its own.
-networks.NETWORKS["tiny"] = conftest.TINY._replace(norm=True, hidden=())
+networks.NETWORKS["tiny"] = conftest.TINY
+networks.NETWORKS["tiny_bn"] = conftest.TINY._replace(norm=True)
 
 from fljax import config as configs  # noqa: E402
 from fljax import experiment  # noqa: E402
@@ -124,8 +124,19 @@ def on_classes():
 def on_tuning():
   """Server's training, batches spread: 20 images, filled up to 24."""
   images, labels = conftest.make_images(60, seed=3)
-  model = networks.build("tiny", image_shape=images.shape[1:], num_classes=4)
+  # Batch normalisation has sums over a batch of its own.
+  model = networks.build("tiny_bn", image_shape=images.shape[1:], num_classes=4)
   params = model.init(KEY)
+  spread_batches, shapes = parallel.spread_batches, []
+
+  def spied(*arguments, **options):
+    batches = spread_batches(*arguments, **options)
+    jax.debug.inspect_array_sharding(
+      batches, callback=lambda how: shapes.append(how.shard_shape((6, 24)))
+    )
+    return batches
+
+  parallel.spread_batches = spied
   results = [
     feature_shift.tune(
       model,
@@ -140,6 +151,8 @@ def on_tuning():
     )
     for spread in (None, parallel.make_mesh())
   ]
+  parallel.spread_batches = spread_batches
+  assert shapes[-1] == (6, 3), shapes
   return {"tuning": difference(*results)}
 
 

@@ -29,6 +29,7 @@ from fljax import errors
 from fljax import experiment
 from fljax import models
 from fljax import networks
+from fljax import parallel
 from fljax import population as populations
 from fljax import workdir as workdirs
 from fljax.baselines import phases
@@ -399,6 +400,8 @@ def test_the_server_trains_as_the_settings_say(config, monkeypatch):
       return whole(*subject, **settings)
 
     monkeypatch.setattr(phases, name, spied)
+  mesh = parallel.Mesh(np.asarray(jax.devices()), (parallel.AXIS,))
+  monkeypatch.setattr(parallel, "make_mesh", lambda devices: mesh)
   told = {"learning_rate": 0.02, "gradient_clip": 0.5, "epochs": 3}
   config = _with(
     config,
@@ -415,7 +418,7 @@ def test_the_server_trains_as_the_settings_say(config, monkeypatch):
   for settings in asked.values():
     assert settings.pop("key") is not None
     assert settings.pop("on_progress") is not None
-    assert settings.pop("mesh") is None
+    assert settings.pop("mesh") is mesh
   told["augmentation"] = "flip"
   assert asked == {
     "shift_features": {**told, "weight": 0.3},

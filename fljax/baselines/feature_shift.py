@@ -108,12 +108,12 @@ def tune(
   )
 
 
-# One function per path and number, so that calls share one compiled program.
+# One function per path and number of steps, so that calls share one program.
 @functools.cache
 def _optimizer(
   path: tuple[str, ...], steps: int
 ) -> Callable[..., optax.GradientTransformation]:
-  """Makes the optimizer of the trained kernel w₀, α, rate and limit."""
+  """What makes the optimizer: of w₀, α, the rate and the gradients' limit."""
 
   def make(
     before: Array, weight: Array, learning_rate: Array, gradient_clip: Array
@@ -130,7 +130,6 @@ def _optimizer(
 def _sgd(
   steps: int, learning_rate: Array, gradient_clip: Array
 ) -> optax.GradientTransformation:
-
   def rate(count: Array) -> Array:
     done = count.astype(jnp.float32) / steps
     return learning_rate * (1 + jnp.cos(jnp.pi * done)) / 2

@@ -121,8 +121,8 @@ def _reversing(
   return lambda done: on_progress("reversing triggers", done, settings.steps)
 
 
-def _tuning(
-  on_progress: OnProgress | None, what: str = "tuning"
+def _training(
+  on_progress: OnProgress | None, what: str
 ) -> server.OnSteps | None:
   """Tells of the steps of a training by the server."""
   if on_progress is None:
@@ -185,7 +185,7 @@ def cleanse(
       optimizer=server.sgd(learning_rate, gradient_clip),
       max_drop=max_drop,
       mesh=mesh,
-      on_steps=_tuning(on_progress, f"unlearning label {label}"),
+      on_steps=_training(on_progress, f"unlearning label {label}"),
     )
   facts = {
     "flagged_labels": [int(found.targets[position]) for position in flagged],
@@ -287,7 +287,7 @@ def cleanse_as_oracle(
     max_drop: accuracy that pruning may cost.
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     mesh: devices that the rates, and unlearning's batches, are spread over.
-    on_progress: is told of the steps of the reversal, then of what was tried.
+    on_progress: is told of the steps of the reversal, then how much was tried.
 
   Returns:
     The model with the lowest AA, of equals the one with the highest TA. The
@@ -313,6 +313,12 @@ def cleanse_as_oracle(
     on_steps=_reversing(on_progress, settings),
   )
   found = jax.tree.map(np.asarray, found)  # To go wherever the model is.
+
+  def removing(*_: int) -> None:
+    """Tells how much was tried, also in the midst of unlearning."""
+    if on_progress is not None:
+      on_progress("removing triggers", len(told), 2 * len(rates))
+
   for position, rate in enumerate(rates):
     for by in ("prune", "unlearn"):
       after, mask = _remove(
@@ -328,7 +334,7 @@ def cleanse_as_oracle(
         optimizer=server.sgd(learning_rate, gradient_clip),
         max_drop=max_drop,
         mesh=mesh,
-        on_steps=_tuning(on_progress, f"unlearning, rate {rate:g}"),
+        on_steps=removing,
       )
       accuracy = float(evaluate.measure(model, after, test))
       success = float(evaluate.measure(model, after, backdoored))
@@ -342,8 +348,7 @@ def cleanse_as_oracle(
           "attack_success": success,
         }
       )
-      if on_progress is not None:
-        on_progress("removing triggers", len(told), 2 * len(rates))
+      removing()
   best = min(range(len(tried)), key=lambda index: tried[index][0])
   _, after, mask = tried[best]
   return Mitigated(after, mask, {"oracle": told[best], "oracle_tried": told})
@@ -397,7 +402,7 @@ def prune_and_tune(
     epochs=epochs,
     augmentation=augmentation,
     mesh=mesh,
-    on_steps=_tuning(on_progress),
+    on_steps=_training(on_progress, "tuning"),
   )
   facts = {
     "pruned_neurons": int((neuron_mask & ~after).sum()),
@@ -452,6 +457,6 @@ def shift_features(
     epochs=epochs,
     augmentation=augmentation,
     mesh=mesh,
-    on_steps=_tuning(on_progress),
+    on_steps=_training(on_progress, "tuning"),
   )
   return Mitigated(params, neuron_mask, {})

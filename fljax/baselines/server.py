@@ -28,7 +28,7 @@ from fljax import triggers
 Array = jax.Array
 
 # Is told how many steps were run, and of how many.
-OnSteps = Callable[[int, int], None]
+OnSteps: TypeAlias = Callable[[int, int], None]
 
 
 # One object per setting, so that calls share one compiled program.
@@ -118,18 +118,18 @@ def train(
       [0, 1].
     labels: int [samples].
     key: random key of the batches.
-    optimizer: of mini-batch gradients; its state starts afresh. If it is a
-      function, of `arguments`, the same function with other arguments is the
-      same program.
-    arguments: a pytree of arrays and numbers.
+    optimizer: of mini-batch gradients, or a function that makes it of
+      `arguments`: the same function with others is the same program. Its state
+      starts afresh.
+    arguments: arrays and numbers; empty for an optimizer that is none.
     epochs: passes over the samples; 0 only prunes.
     batch_size: samples per step; the last batch of an epoch may be smaller.
     augmentation: see `local.augment`.
     mesh: devices that every batch is spread over; None takes those that the
       model is on, each for the whole batch.
     on_steps: is told how many steps were run of how many, first 0 and then
-      every few, and may end training by raising. It changes nothing about the
-      result.
+      every few, and may end training by raising; where nothing is trained,
+      nothing is told. It changes nothing about the result.
 
   Returns:
     The trained parameters.

@@ -57,7 +57,11 @@ def test_images_come_out_of_their_batches():
 @pytest.mark.parametrize("by", ["prune", "unlearn"])
 def test_the_planted_backdoor_is_found_and_removed(by):
   assert _success(PARAMS) > 0.9
-  after = _cleanse(by)
+  told = []
+  after = _cleanse(by, on_progress=lambda *steps: told.append(steps))
+  # 400 images in batches of 50.
+  unlearning = [(f"unlearning label {TARGET}", done, 8) for done in (0, 8)]
+  assert told == (unlearning if by == "unlearn" else [])
   assert after.facts["flagged_labels"] == [TARGET]
   assert len(after.facts["trigger_norms"]) == 4
   assert _success(after.params) < 0.3
@@ -82,6 +86,7 @@ def test_without_a_suspect_the_model_stays():
 
 
 def test_the_oracle_takes_the_lowest_attack_success_of_what_it_tried():
+  told = []
   after = phases.cleanse_as_oracle(
     MODEL,
     PARAMS,
@@ -94,7 +99,15 @@ def test_the_oracle_takes_the_lowest_attack_success_of_what_it_tried():
     rates=(0.001, 0.2),
     learning_rate=0.5,
     max_drop=0.05,
+    on_progress=lambda *steps: told.append(steps),
   )
+  # One series after the other, also told from the midst of unlearning.
+  reversal, removal = told[:13], told[13:]
+  assert reversal == [("reversing triggers", n, 60) for n in range(0, 61, 5)]
+  assert {(what, total) for what, _, total in removal} == {
+    ("removing triggers", 4)
+  }
+  assert [done for _, done, _ in removal] == [1, 1, 1, 2, 3, 3, 3, 4]
   tried = after.facts["oracle_tried"]
   assert [(one["by"], one["nc_learning_rate"]) for one in tried] == [
     ("prune", 0.001),
@@ -123,9 +136,12 @@ def test_fine_pruning_prunes_and_tunes():
       key=jax.random.key(0),
       learning_rate=0.05,
       max_drop=0.05,
+      on_progress=lambda *steps: told.append(steps),
     )
 
+  told = []
   after = tuned(ALL, PARAMS)
+  assert told == [("tuning", done, 80) for done in range(0, 81, 20)]
   count = after.facts["pruned_neurons"]
   assert count == int((~after.neuron_mask).sum()) > 0
   # What was pruned before stays so, and is not counted again.

@@ -63,11 +63,9 @@ def test_training_ends_where_it_is_told_of_a_step(model, params):
     if done:
       raise EnoughError
 
-  before = jax.tree.map(np.array, params)
   with pytest.raises(EnoughError):
     _train(model, params, optimizer=optax.sgd(0.1), on_steps=enough)
   assert told == [0, 20]
-  chex.assert_trees_all_equal(params, before)
 
 
 def test_an_optimizer_of_arguments_is_one_program(model, params):
@@ -75,10 +73,10 @@ def test_an_optimizer_of_arguments_is_one_program(model, params):
     made.append(rates)
     return optax.sgd(rates["all"])
 
-  made = []
+  made, counts = [], []
   for rate in (0.1, 0.3):
     one = _train(model, params, optimizer=optax.sgd(rate))
     other = _train(model, params, optimizer=make, arguments=({"all": rate},))
     chex.assert_trees_all_close(one, other, atol=1e-6)
-    traced = traced if rate == 0.3 else len(made)  # noqa: F821
-  assert len(made) == traced
+    counts.append(len(made))
+  assert 0 < counts[0] == counts[1]
