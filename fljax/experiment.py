@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
+import functools
 import os
 from typing import Any
 from typing import NamedTuple
@@ -130,19 +132,7 @@ def setup(
   pieces = triggers.pieces(config.trigger, image_shape)
   root = jax.random.key(config.seed)
 
-  attack = attacks.chain(
-    attacks.backdoor(
-      victim_label=config.victim_label,
-      target_label=config.target_label,
-      fraction=config.poison_fraction,
-    ),
-    attacks.model_replacement(config.gamma),
-    attacks.own_rate(
-      (config.attacker_learning_rate or config.learning_rate)
-      / config.learning_rate
-    ),
-    attacks.REPORTS[config.attacker_reports],
-  )
+  attack = _attack(config)
   mesh = parallel.make_mesh(config.devices)
 
   def poison(clients: federations.Federation) -> federations.Federation:
@@ -202,27 +192,14 @@ def setup(
     model, test = like.model, like.test
   if config.pruning == configs.GAIN and "fp" in config.phases:
     models.require_plain_target(model, f"--pruning={configs.GAIN}")
-  attack = attacks.chain(attack, *_attacks_on(model, config))
-  aggregator = aggregators.build(
-    config.aggregation, trim=config.aggregation_trim
-  )
-  block = (
-    like.block if like else _block(config, model, attack, aggregator, plan)
-  )
+  block = like.block if like else _block(_kind_of_block(config, model, plan))
   tuning = config.tuning
   if not tuning:
     tuning_block = block
   elif like and like.config.tuning == tuning:
     tuning_block = like.tuning_block
   else:
-    rule = aggregators.build(
-      tuning.get("aggregation", config.aggregation),
-      trim=config.aggregation_trim,
-    )
-    hidden = attack
-    if "stealth" in tuning:
-      hidden = attacks.chain(attack, attacks.within_benign(tuning["stealth"]))
-    tuning_block = _block(config, model, hidden, rule, plan)
+    tuning_block = _block(_kind_of_block(config, model, plan, tuning))
   validation, stamped = None, None
   if len(held_out):
     validation = evaluate.batched(
@@ -245,8 +222,8 @@ def setup(
     dataset=dataset,
     model=model,
     federation=federation,
-    attack=attack,
-    aggregator=aggregator,
+    attack=attacks.chain(attack, *_attacks_on(model, config)),
+    aggregator=_aggregator(config),
     block=block,
     tuning_block=tuning_block,
     key=parallel.replicate(jax.random.fold_in(root, 3), mesh),
@@ -280,14 +257,49 @@ def _model(
   )
 
 
-def _block(
+@dataclasses.dataclass(frozen=True)
+class _KindOfBlock:
+  """What makes rounds the program that they are.
+
+  Attributes:
+    settings: the structure of an experiment, and what fine-tuning has of its
+      own; values that compare.
+    model: the network.
+    plan: how to compute.
+    config: all settings of the experiment that asked first.
+    tuning: `Config.tuning`, or nothing for training.
+  """
+
+  settings: tuple[tuple[str, Any], ...]
+  model: models.Model
+  plan: execution.Plan
+  config: Config = dataclasses.field(compare=False)
+  tuning: dict[str, Any] = dataclasses.field(compare=False)
+
+
+def _kind_of_block(
   config: Config,
   model: models.Model,
-  attack: attacks.Attack,
-  aggregator: aggregators.Aggregator,
   plan: execution.Plan,
-) -> rounds.Block:
-  """Rounds of training that end in an aggregator."""
+  tuning: dict[str, Any] | None = None,
+) -> _KindOfBlock:
+  tuning = tuning or {}
+  own = {f"tuning {name}": value for name, value in tuning.items()}
+  settings = tuple({**config.structure(), **own}.items())
+  return _KindOfBlock(settings, model, plan, config, tuning)
+
+
+# One run after the other in one process, with another seed or another
+# cleansing, compiles its rounds once.
+@functools.lru_cache(maxsize=8)
+def _block(kind: _KindOfBlock) -> rounds.Block:
+  """Rounds of training, or of fine-tuning, that end in an aggregator."""
+  config, model, plan = kind.config, kind.model, kind.plan
+  attack = attacks.chain(_attack(config), *_attacks_on(model, config))
+  if "stealth" in kind.tuning:
+    attack = attacks.chain(
+      attack, attacks.within_benign(kind.tuning["stealth"])
+    )
   chunk = config.client_chunk
   on_host = config.population == "host"
   run_round = rounds.make_round(
@@ -306,7 +318,7 @@ def _block(
       attackers_loss=attack.loss,
     ),
     attack=attack,
-    aggregator=aggregator,
+    aggregator=_aggregator(config, kind.tuning.get("aggregation")),
     cohort_size=0 if on_host else config.clients_per_round,
     server_rate=config.server_rate,
     client_chunk=plan.client_chunk if chunk < 0 else chunk,
@@ -317,6 +329,32 @@ def _block(
       model, run_round, config.clients_per_round
     )
   return rounds.make_block(model, run_round)
+
+
+def _aggregator(
+  config: Config, name: str | None = None
+) -> aggregators.Aggregator:
+  """The server's rule; that of training, unless it is named."""
+  return aggregators.build(
+    name or config.aggregation, trim=config.aggregation_trim
+  )
+
+
+def _attack(config: Config) -> attacks.Attack:
+  """The attacks that need not know the network."""
+  return attacks.chain(
+    attacks.backdoor(
+      victim_label=config.victim_label,
+      target_label=config.target_label,
+      fraction=config.poison_fraction,
+    ),
+    attacks.model_replacement(config.gamma),
+    attacks.own_rate(
+      (config.attacker_learning_rate or config.learning_rate)
+      / config.learning_rate
+    ),
+    attacks.REPORTS[config.attacker_reports],
+  )
 
 
 def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:

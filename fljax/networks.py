@@ -7,6 +7,7 @@ network must be to be pruned, and how a user's own joins, is in `models`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 from typing import NamedTuple
 from typing import cast
@@ -256,9 +257,32 @@ def build(
           f"images of {image_shape[0]} x {image_shape[1]} are too small for"
           f" --model={name}."
         )
+  return _built(
+    plan,
+    tuple(image_shape),
+    num_classes,
+    tuple(mean),
+    tuple(std),
+    initialisation,
+    forms or execution.plan_for().forms,
+  )
+
+
+# One object per network, so that experiments in one process share what is
+# compiled for it.
+@functools.lru_cache(maxsize=32)
+def _built(
+  plan: Architecture,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  initialisation: str,
+  forms: layers.Forms,
+) -> models.Model:
   shared: dict[str, Any] = {
     "kernel_init": layers.INITIALISERS[initialisation],
-    "forms": forms or execution.plan_for().forms,
+    "forms": forms,
   }
   conv: dict[str, Any] = {
     "size": plan.size,

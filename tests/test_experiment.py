@@ -227,6 +227,16 @@ def test_fine_tuning_may_aggregate_in_its_own_way(config):
   assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
 
 
+def test_runs_of_one_structure_share_their_programs(config):
+  first = experiment.setup(config)
+  other = experiment.setup(_with(config, seed=3, gamma=1.5, cleanse="ft"))
+  assert other.block is first.block and other.model is first.model
+  hotter = experiment.setup(_with(config, learning_rate=0.3))
+  assert hotter.block is not first.block and hotter.model is first.model
+  raw = experiment.setup(_with(config, normalisation="unit"))
+  assert raw.block is not first.block and raw.model is not first.model
+
+
 def test_attackers_hide_in_fine_tuning_alone(config, monkeypatch):
   hidden = []
 
