@@ -49,6 +49,8 @@ Config = configs.Config
 TRAINING = "training"
 # Of a search: the accuracy, as it sees it, of the model that it began with.
 ACCURACY_BEFORE = "accuracy_before"
+# How much of a search is lost by `kill -9`.
+_SECONDS_BETWEEN_KEEPING = 60
 
 
 def interrupted(stop: Stop, path: Any) -> errors.InterruptedRunError:
@@ -195,6 +197,7 @@ class Driver:
       "phases": self.phases,
       "seed": self.config.seed,
     }
+    self.workdir.forget()
     self.workdir.write_json(workdirs.RESULTS, results)
     write_report(self.config, results, self.workdir, self.experiment.dataset)
     return results
@@ -623,16 +626,20 @@ class Driver:
     # others.
     if kind == "nc-oracle":
       assert experiment.backdoored is not None
-      mitigated = phases.cleanse_as_oracle(
-        *subject,
-        state.neuron_mask,
-        experiment.test,
-        experiment.backdoored,
-        target=config.target_label,
-        settings=phases.ORACLE._replace(steps=config.nc_steps),
-        max_drop=config.pruning_drop,
-        **tuning,
-      )
+      memory = _Memory(self, kind, state.params)
+      with memory:
+        mitigated = phases.cleanse_as_oracle(
+          *subject,
+          state.neuron_mask,
+          experiment.test,
+          experiment.backdoored,
+          target=config.target_label,
+          settings=phases.ORACLE._replace(steps=config.nc_steps),
+          max_drop=config.pruning_drop,
+          memory=memory,
+          **tuning,
+        )
+      mitigated.facts["seconds_before"] = memory.before
     elif kind == "fine-pruning":
       assert experiment.validation is not None
       mitigated = phases.prune_and_tune(
@@ -704,19 +711,69 @@ class Driver:
     config, experiment = self.config, self.experiment
     assert experiment.validation is not None
     started = time.perf_counter()
-    suspects = phases.find_suspects(
-      experiment.model,
-      state.params,
-      experiment.validation,
-      key=key,
-      settings=neural_cleanse.OFFICIAL._replace(
-        learning_rate=config.nc_learning_rate, steps=config.nc_steps
-      ),
-      mesh=experiment.mesh,
-      on_progress=self._progress(name),
-    )
-    self._found = (state.params, suspects, time.perf_counter() - started)
-    return suspects, 0.0
+    memory = _Memory(self, "suspects", state.params)
+    with memory:
+      suspects = phases.find_suspects(
+        experiment.model,
+        state.params,
+        experiment.validation,
+        key=key,
+        settings=neural_cleanse.OFFICIAL._replace(
+          learning_rate=config.nc_learning_rate, steps=config.nc_steps
+        ),
+        mesh=experiment.mesh,
+        on_progress=self._progress(name),
+        memory=memory,
+      )
+    seconds = time.perf_counter() - started + memory.before
+    self._found = (state.params, suspects, seconds)
+    return suspects, memory.before
+
+
+class _Memory:
+  """Keeps a search of Neural Cleanse in the folder of the run.
+
+  It is kept once a minute, when the run is asked to stop, and at its end, for
+  another phase that begins with it.
+
+  Attributes:
+    before: seconds spent on it by earlier processes.
+  """
+
+  def __init__(self, driver: Driver, what: str, params: models.Params):
+    self._driver = driver
+    self._key = workdirs.digest_of(parallel.on_host(params), {"what": what})
+    self._started = self._kept = time.perf_counter()
+    self._last: tuple[neural_cleanse.Search, float] | None = None
+    self.before = 0.0
+
+  def __enter__(self) -> _Memory:
+    return self
+
+  def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    # Every process of the run gets this one.
+    if isinstance(error, errors.InterruptedRunError):
+      self._write()
+
+  def load(self, like: neural_cleanse.Search) -> neural_cleanse.Search | None:
+    found = self._driver.workdir.kept(self._key, like)
+    if found is None:
+      return None
+    search, self.before = found
+    return search
+
+  def keep(self, search: neural_cleanse.Search, *, at_end: bool) -> None:
+    now = time.perf_counter()
+    self._last = search, self.before + now - self._started
+    # One process's clock is not another's.
+    due = now - self._kept >= _SECONDS_BETWEEN_KEEPING
+    if parallel.anywhere(due) or at_end:
+      self._write()
+
+  def _write(self) -> None:
+    if self._last is not None:
+      self._driver.workdir.keep(self._key, *self._last)
+      self._last, self._kept = None, time.perf_counter()
 
 
 def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:

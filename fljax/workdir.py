@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -37,7 +38,9 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 FIGURES = "figures"
 PROFILE = "profile"
-_OWN = (CONFIG, METRICS, RESULTS, CHECKPOINTS, REPORT, FIGURES)
+# What a phase in progress is taken up from; gone when the run is complete.
+KEPT = "in_progress.npz"
+_OWN = (CONFIG, METRICS, RESULTS, CHECKPOINTS, REPORT, FIGURES, KEPT)
 _LOCK = ".lock"
 # Of checkpoints within training, so many are kept; one is enough to go on.
 _KEPT_IN_TRAINING = 2
@@ -245,6 +248,50 @@ class Workdir:
     path = self.path / name
     with self.writing(path):
       _replace(path, content)
+
+  def keep(self, key: str, state: Any, seconds: float) -> None:
+    """Keeps where a phase in progress stands; there is one such thing.
+
+    Args:
+      key: says what it belongs to.
+      state: a pytree of NumPy arrays.
+      seconds: spent on it so far.
+    """
+    stream = io.BytesIO()
+    leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+    np.savez(stream, key=key, seconds=np.float64(seconds), **leaves)
+    self.write_bytes(KEPT, stream.getvalue())
+
+  def kept(self, key: str, like: Any) -> tuple[Any, float] | None:
+    """What was kept under a key, and the seconds; None if there is nothing.
+
+    Damage, and what belongs to something else, count as nothing: what was kept
+    saves time, and no more.
+
+    Args:
+      key: as it was kept.
+      like: a pytree of arrays of the expected structure, shapes and dtypes.
+    """
+    expected, structure = jax.tree.flatten(like)
+    try:
+      content = io.BytesIO((self.path / KEPT).read_bytes())
+      with np.load(content, allow_pickle=False) as stored:
+        if str(stored["key"]) != key:
+          return None
+        leaves = [stored[str(index)] for index in range(len(expected))]
+        seconds = float(stored["seconds"])
+    except Exception:  # Damage shows itself in many ways.
+      return None
+    for leaf, other in zip(leaves, expected, strict=True):
+      if leaf.shape != other.shape or leaf.dtype != other.dtype:
+        return None
+    return jax.tree.unflatten(structure, leaves), seconds
+
+  def forget(self) -> None:
+    """Removes what was kept."""
+    path = self.path / KEPT
+    with self.writing(path):
+      path.unlink(missing_ok=True)
 
   def results(self) -> dict[str, Any] | None:
     """The results of a finished run, or None."""
@@ -470,13 +517,26 @@ class Shared:
     """See `Workdir.log`."""
     parallel.on_first(lambda: self._own.log(**metrics))
 
+  def keep(self, key: str, state: Any, seconds: float) -> None:
+    """See `Workdir.keep`."""
+    parallel.on_first(lambda: self._own.keep(key, state, seconds))
+
+  def kept(self, key: str, like: Any) -> tuple[Any, float] | None:
+    """See `Workdir.kept`."""
+    return self._from_first(like, lambda: self._own.kept(key, like))
+
+  def forget(self) -> None:
+    """See `Workdir.forget`."""
+    parallel.on_first(lambda: self._own.forget())
+
   def save(self, state: Any, **progress: Any) -> None:
     """See `Workdir.save`; the state is the same in all processes."""
     parallel.on_first(lambda: str(self._own.save(state, **progress)))
 
   def restore(self, like: Any) -> tuple[Any, Progress] | None:
     """See `Workdir.restore`."""
-    return self._from_first(like, lambda: self._own.restore(like))
+    found = self._from_first(like, lambda: self._own.restore(like))
+    return found and (found[0], Progress(**found[1]))
 
   def adopt(
     self, other: str, training: dict[str, Any], like: Any
@@ -486,26 +546,28 @@ class Shared:
       like, lambda: self._own.adopt(other, training, like)
     )
     assert found is not None
-    return found
+    return found[0], Progress(**found[1])
 
   def _from_first(
-    self, like: Any, read: Callable[[], tuple[Any, Progress] | None]
-  ) -> tuple[Any, Progress] | None:
-    """What process 0 reads, in all of them."""
+    self, like: Any, read: Callable[[], tuple[Any, Any] | None]
+  ) -> tuple[Any, Any] | None:
+    """What process 0 reads, in all of them: arrays, and what goes as JSON."""
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
 
-    def read_here() -> dict[str, Any] | None:
+    def read_here() -> Any:
       nonlocal state
       found = read()
       if found is None:
         return None
-      state, progress = found
-      return dataclasses.asdict(progress)
+      state, beside = found
+      return (
+        dataclasses.asdict(beside) if isinstance(beside, Progress) else beside
+      )
 
-    progress = parallel.on_first(read_here)
-    if progress is None:
+    beside = parallel.on_first(read_here)
+    if beside is None:
       return None
-    return parallel.from_first(state), Progress(**progress)
+    return parallel.from_first(state), beside
 
   def report(self, write: Callable[[Workdir], None]) -> None:
     """Lets process 0 write more into the folder."""
@@ -591,7 +653,7 @@ def _sync_folder(path: Path) -> None:
 # <sequence>-<phase>/progress.json    Progress, and the arrays' digest
 
 
-def _digest(state: Any, record: dict[str, Any]) -> str:
+def digest_of(state: Any, record: dict[str, Any]) -> str:
   """SHA-256 over the record and all arrays' names, types, shapes and bytes."""
   digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -632,7 +694,7 @@ def _write_checkpoint(path: Path, state: Any, progress: Progress) -> None:
     except Exception as error:  # TensorStore has errors of its own.
       raise OSError(errors.first_line(error)) from error
     record = dataclasses.asdict(progress)
-    record["sha256"] = _digest(state, record)
+    record["sha256"] = digest_of(state, record)
     _replace(partial / "progress.json", json.dumps(record, indent=2).encode())
     os.replace(partial, path)
     _sync_folder(path.parent)
@@ -720,7 +782,7 @@ def read_checkpoint(path: Path, like: Any) -> Any:
         f" {array.shape}, not {leaf.dtype} {leaf.shape}."
       )
   state = jax.tree.unflatten(tree, arrays)
-  if _digest(state, dataclasses.asdict(progress)) != digest:
+  if digest_of(state, dataclasses.asdict(progress)) != digest:
     raise errors.CheckpointError(
       f"checkpoint {path} is damaged: it is not what was saved; nothing was"
       " overwritten."

@@ -633,12 +633,14 @@ def test_a_signal_saves_and_the_run_goes_on(
 )
 def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch, kind, what):
   config = _with(config, rounds=1, cleanse=kind, nc_steps=50, server_epochs=30)
+  whole = _with(config, workdir=config.workdir + "-whole")
+  expected = experiment.run(whole, quiet=True)["phases"]
   advance = experiment.consoles.Console.advance
   told = []
 
   def stopping(self, done, *arguments):
     told.append((self._name, done))
-    if self._name != "training" and done:
+    if self._name != "training" and done >= 10:
       os.kill(os.getpid(), signal.SIGTERM)
     advance(self, done, *arguments)
 
@@ -646,8 +648,7 @@ def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch, kind, what):
   with pytest.raises(errors.InterruptedRunError, match="SIGTERM"):
     experiment.run(config, quiet=True)
   name, done = told[-1]
-  assert name == f"{kind}: {what}" and done < 50
-  # It begins again, and the trained model is not trained again.
+  assert name == f"{kind}: {what}" and 10 <= done < 50
   told.clear()
   monkeypatch.setattr(
     experiment.consoles.Console,
@@ -655,9 +656,46 @@ def test_a_signal_ends_a_baseline_in_the_midst(config, monkeypatch, kind, what):
     lambda self, done, *arguments: told.append((self._name, done)),
   )
   results = experiment.run(config, quiet=True)
-  names = [phase["name"] for phase in results["phases"]]
-  assert names == ["training", kind]
-  assert told[0] == (f"{kind}: {what}", 0)
+  # A search goes on, a training begins again; that of the model is complete.
+  kept = done if kind == "nc-prune" else 0
+  assert told[0] == (f"{kind}: {what}", kept)
+  assert not (workdirs.Path(config.workdir) / workdirs.KEPT).exists()
+  for phase, other in zip(results["phases"], expected, strict=True):
+    assert phase.pop("seconds") > 0 and other.pop("seconds") > 0
+    assert phase == other
+
+
+def test_a_search_of_neural_cleanse_serves_both_ways_after_a_kill(
+  config, monkeypatch
+):
+  """Killed between the two phases that begin with it."""
+  config = _with(config, rounds=1, cleanse="nc-unlearn,nc-prune", nc_steps=20)
+  save = workdirs.Workdir.save
+
+  def dying(self, *arguments, **options):
+    path = save(self, *arguments, **options)
+    if options["phase"] == "nc-unlearn":
+      raise _KilledError
+    return path
+
+  monkeypatch.setattr(workdirs.Workdir, "save", dying)
+  with pytest.raises(_KilledError):
+    experiment.run(config, quiet=True)
+  monkeypatch.setattr(workdirs.Workdir, "save", save)
+  with np.load(workdirs.Path(config.workdir) / workdirs.KEPT) as kept:
+    seconds = float(kept["seconds"])
+  told = []
+  monkeypatch.setattr(
+    experiment.consoles.Console,
+    "advance",
+    lambda self, done, *arguments: told.append((self._name, done)),
+  )
+  results = experiment.run(config, quiet=True)
+  assert told == [("nc-prune: reversing triggers", 20)]
+  one, other = results["phases"][1:]
+  assert one["trigger_norms"] == other["trigger_norms"]
+  # The search counts for both.
+  assert min(one["seconds"], other["seconds"]) >= seconds > 0
 
 
 def test_signals_are_handled_as_before_after_a_run(config):

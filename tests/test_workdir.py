@@ -266,6 +266,47 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".results*"))
 
 
+def _search(value=1.0, size=3):
+  return {"a": np.full(size, value, np.float32), "b": np.array(True)}
+
+
+def test_what_was_kept_comes_back_until_it_is_forgotten(tmp_path):
+  with _open(tmp_path / "run") as workdir:
+    assert workdir.kept("it", _search()) is None
+    workdir.keep("it", _search(2.0), 3.5)
+    state, seconds = workdir.kept("it", _search())
+    chex.assert_trees_all_equal(state, _search(2.0))
+    assert seconds == 3.5
+    # Of something else, or another shape, it is not.
+    assert workdir.kept("other", _search()) is None
+    assert workdir.kept("it", _search(size=4)) is None
+    assert workdir.kept("it", {**_search(), "c": np.zeros(1)}) is None
+    workdir.keep("other", _search(), 0.0)
+    assert workdir.kept("it", _search()) is None
+    workdir.forget()
+    workdir.forget()
+    assert not (tmp_path / "run" / workdirs.KEPT).exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "text"])
+def test_damage_to_what_was_kept_costs_time_alone(tmp_path, damage):
+  with _open(tmp_path / "run") as workdir:
+    workdir.keep("it", _search(), 1.0)
+    path = tmp_path / "run" / workdirs.KEPT
+    content = bytearray(path.read_bytes())
+    place = content.index(np.float32(1.0).tobytes() * 3)
+    content[place] ^= 1
+    path.write_bytes(
+      {
+        "empty": b"",
+        "half": path.read_bytes()[: len(content) // 2],
+        "flipped": bytes(content),
+        "text": b"in progress",
+      }[damage]
+    )
+    assert workdir.kept("it", _search()) is None
+
+
 def test_a_folder_from_before_a_setting_existed_is_known(tmp_path):
   _open(tmp_path).close()
   newer = {**IDENTITY, "new": 1}

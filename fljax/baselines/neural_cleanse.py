@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
+from typing import Protocol
 
 from flax import struct
 import jax
@@ -258,6 +259,25 @@ def next_cost(cost: Cost, success: Array, settings: Settings) -> Cost:
   )
 
 
+class Memory(Protocol):
+  """Keeps a search, so that another process takes it up."""
+
+  def load(self, like: Search) -> Search | None:
+    """What was kept last of this search, or None.
+
+    Args:
+      like: a search of the same classes, NumPy arrays [classes, ...].
+    """
+
+  def keep(self, search: Search, *, at_end: bool) -> None:
+    """Is offered the search every few steps, and may keep it.
+
+    Args:
+      search: NumPy arrays [classes, ...].
+      at_end: whether it is complete.
+    """
+
+
 def reverse_triggers(
   model: models.Model,
   params: models.Params,
@@ -270,6 +290,7 @@ def reverse_triggers(
   class_chunk: int | None = None,
   mesh: parallel.Mesh | None = None,
   on_steps: Callable[[int], None] | None = None,
+  memory: Memory | None = None,
 ) -> Reversed:
   """Finds, for each class, a small trigger that leads images to it.
 
@@ -298,6 +319,8 @@ def reverse_triggers(
       model is on.
     on_steps: is told how many steps were run, first 0 and then every few, and
       may end the search by raising. It changes nothing about what is found.
+    memory: where the search is taken up from, and kept before its steps are
+      told; nor does that.
 
   Returns:
     The reversed triggers. Never NaN: with a model that is not finite nothing
@@ -329,11 +352,16 @@ def reverse_triggers(
   chunk = plan.client_chunk if class_chunk is None else class_chunk
   batches_shape = (settings.batches_per_step, settings.batch_size)
   search = _begin(model.image_shape, columns[0], key)
-  at_once = settings.steps
-  if on_steps is not None:
-    at_once = _TOLD_EVERY
-    on_steps(0)
   done, running = 0, True
+  kept = None if memory is None else memory.load(parallel.on_host(search))
+  if kept is not None:
+    search = parallel.replicate(jax.tree.map(jnp.asarray, kept), mesh)
+    done, running = int(kept.step.max()), not kept.stopped.all()
+  at_once = settings.steps
+  if on_steps is not None or memory is not None:
+    at_once = _TOLD_EVERY
+  if on_steps is not None:
+    on_steps(done)
   while running and done < settings.steps:
     done = min(done + at_once, settings.steps)
     search, still = _advance(
@@ -349,8 +377,12 @@ def reverse_triggers(
       done,
       settings,
     )
-    if on_steps is not None:
+    if at_once < settings.steps:
       running = bool(still)
+    if memory is not None:
+      at_end = not running or done == settings.steps
+      memory.keep(parallel.on_host(search), at_end=at_end)
+    if on_steps is not None:
       on_steps(done)
   return _found(
     model,
@@ -364,7 +396,7 @@ def reverse_triggers(
   )
 
 
-class _Search(struct.PyTreeNode):
+class Search(struct.PyTreeNode):
   """The search for one class, after a step.
 
   Attributes:
@@ -419,16 +451,16 @@ def _adam(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(image_shape: tuple[int, ...], targets: Array, key: Array) -> _Search:
+def _begin(image_shape: tuple[int, ...], targets: Array, key: Array) -> Search:
   """Where the search for each class starts, leaves [classes, ...]."""
 
-  def one_class(target: Array) -> _Search:
+  def one_class(target: Array) -> Search:
     mask_key, pattern_key = jax.random.split(_of_class(key, target)[0])
     trigger = {
       "mask": _hidden(jax.random.uniform(mask_key, image_shape[:2])),
       "pattern": _hidden(jax.random.uniform(pattern_key, image_shape)),
     }
-    return _Search(
+    return Search(
       trigger=trigger,
       # Adam's state does not depend on its settings.
       optimizer=_adam(0.0, OFFICIAL.betas).init(trigger),
@@ -456,19 +488,19 @@ def _advance(
   images: Array,
   targets: Array,
   learning_rates: Array,
-  search: _Search,
+  search: Search,
   key: Array,
   until: Array | int,
   settings: Settings,
-) -> tuple[_Search, Array]:
+) -> tuple[Search, Array]:
   """Runs every search to a step, and says whether one is not at its end."""
 
   def one_class(
-    common: Any, target: Array, learning_rate: Array, search: _Search
-  ) -> _Search:
+    common: Any, target: Array, learning_rate: Array, search: Search
+  ) -> Search:
     params, images, key, until, settings = common
     batch_key = _of_class(key, target)[1]
-    after: _Search = lax.while_loop(
+    after: Search = lax.while_loop(
       lambda search: (search.step < until) & ~search.stopped,
       lambda search: _step(
         model,
@@ -512,8 +544,8 @@ def _step(
   target: Array,
   batch_key: Array,
   settings: Settings,
-  search: _Search,
-) -> _Search:
+  search: Search,
+) -> Search:
   """A step of the search for one class: updates, then what they decide."""
   optimizer = _adam(settings.learning_rate, settings.betas)
 
@@ -562,7 +594,7 @@ def _step(
   closer = finite & ~reached & (success > search.success)
   better = smaller | closer
   stale = jnp.where(smaller | ~reached, 0, search.stale + 1)
-  return _Search(
+  return Search(
     trigger=trigger,
     optimizer=state,
     cost=next_cost(search.cost, succeeds, settings),
@@ -592,12 +624,12 @@ def _found(
   params: models.Params,
   images: Array,
   targets: Array,
-  search: _Search,
+  search: Search,
 ) -> Reversed:
   """What the searches kept, and its success on all images."""
   samples = len(images)
 
-  def one_class(common: Any, target: Array, search: _Search) -> Reversed:
+  def one_class(common: Any, target: Array, search: Search) -> Reversed:
     params, images = common
     mask, pattern = _shown(search.kept)
     mask, pattern = jnp.clip(mask, 0, 1), jnp.clip(pattern, 0, 255)

@@ -82,6 +82,7 @@ def find_suspects(
   settings: neural_cleanse.Settings,
   mesh: parallel.Mesh | None = None,
   on_progress: OnProgress | None = None,
+  memory: neural_cleanse.Memory | None = None,
 ) -> Suspects:
   """Neural Cleanse, first half: reverses triggers and finds outliers.
 
@@ -93,6 +94,7 @@ def find_suspects(
     settings: of the reversal.
     mesh: devices that the classes are spread over.
     on_progress: is told of the steps of the reversal.
+    memory: where the reversal is taken up from, and kept.
 
   Returns:
     What was found; removing it is `cleanse`'s, by whatever way.
@@ -106,6 +108,7 @@ def find_suspects(
     settings=settings,
     mesh=mesh,
     on_steps=_reversing(on_progress, settings),
+    memory=memory,
   )
   # On the host, to go wherever the model is.
   found = jax.tree.map(np.asarray, found)
@@ -265,6 +268,7 @@ def cleanse_as_oracle(
   gradient_clip: float = 0.0,
   mesh: parallel.Mesh | None = None,
   on_progress: OnProgress | None = None,
+  memory: neural_cleanse.Memory | None = None,
 ) -> Mitigated:
   """Neural Cleanse as no server could run it: the best of several, by AA.
 
@@ -288,6 +292,7 @@ def cleanse_as_oracle(
     gradient_clip: largest norm of a batch's gradient; 0 sets no limit.
     mesh: devices that the rates, and unlearning's batches, are spread over.
     on_progress: is told of the steps of the reversal, then how much was tried.
+    memory: where the reversal is taken up from, and kept.
 
   Returns:
     The model with the lowest AA, of equals the one with the highest TA. The
@@ -311,6 +316,7 @@ def cleanse_as_oracle(
     learning_rates=rates,
     mesh=mesh,
     on_steps=_reversing(on_progress, settings),
+    memory=memory,
   )
   found = jax.tree.map(np.asarray, found)  # To go wherever the model is.
 

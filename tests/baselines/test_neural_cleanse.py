@@ -96,6 +96,49 @@ def test_who_is_told_of_the_steps_changes_nothing_and_may_end_them(found):
   assert len(told) == 2 and told[1] < last
 
 
+class _Memory:
+  """Keeps everything, in memory; a process ends after so many steps."""
+
+  def __init__(self, last=None):
+    self.last, self.ended = last, False
+
+  def load(self, like):
+    if self.last is not None:
+      chex.assert_trees_all_equal_shapes_and_dtypes(self.last, like)
+    return self.last
+
+  def keep(self, search, *, at_end):
+    self.last, self.ended = search, at_end
+
+
+def test_a_search_is_taken_up_where_it_was_kept(found):
+  class EnoughError(Exception):
+    pass
+
+  def enough(done):
+    told.append(done)
+    if done == 20:
+      raise EnoughError
+
+  memory, told = _Memory(), []
+  with pytest.raises(EnoughError):
+    _reverse(on_steps=enough, memory=memory)
+  # Kept before it is told.
+  assert memory.last.step.max() == 20 and not memory.ended
+  told.clear()
+  again = _reverse(on_steps=told.append, memory=_Memory(memory.last))
+  chex.assert_trees_all_equal(again, found)
+  assert told[:2] == [20, 25]
+  # Of a search at its end nothing is left to do.
+  told.clear()
+  memory = _Memory(memory.last)
+  _reverse(memory=memory)
+  assert memory.ended
+  again = _reverse(on_steps=told.append, memory=_Memory(memory.last))
+  chex.assert_trees_all_equal(again, found)
+  assert len(told) == 1
+
+
 def _random_trigger(seed):
   mask_key, pattern_key = jax.random.split(jax.random.key(seed))
   mask = jax.random.uniform(mask_key, IMAGE_SHAPE[:2])
