@@ -772,7 +772,8 @@ class _Memory:
 
   def _write(self) -> None:
     if self._last is not None:
-      self._driver.workdir.keep(self._key, *self._last)
+      search, seconds = self._last
+      self._driver.workdir.keep(self._key, parallel.on_host(search), seconds)
       self._last, self._kept = None, time.perf_counter()
 
 

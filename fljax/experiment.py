@@ -192,7 +192,9 @@ def setup(
     model, test = like.model, like.test
   if config.pruning == configs.GAIN and "fp" in config.phases:
     models.require_plain_target(model, f"--pruning={configs.GAIN}")
-  block = like.block if like else _block(_kind_of_block(config, model, plan))
+  block = (
+    like.block if like else _block(_kind_of_block(config, model, plan, {}))
+  )
   tuning = config.tuning
   if not tuning:
     tuning_block = block
@@ -262,31 +264,28 @@ class _KindOfBlock:
   """What makes rounds the program that they are.
 
   Attributes:
-    settings: the structure of an experiment, and what fine-tuning has of its
-      own; values that compare.
+    structure: of the experiment (`Config.structure`).
+    tuning: what fine-tuning has of its own (`Config.tuning`), or nothing.
     model: the network.
     plan: how to compute.
     config: all settings of the experiment that asked first.
-    tuning: `Config.tuning`, or nothing for training.
   """
 
-  settings: tuple[tuple[str, Any], ...]
+  structure: tuple[tuple[str, Any], ...]
+  tuning: tuple[tuple[str, Any], ...]
   model: models.Model
   plan: execution.Plan
   config: Config = dataclasses.field(compare=False)
-  tuning: dict[str, Any] = dataclasses.field(compare=False)
 
 
 def _kind_of_block(
   config: Config,
   model: models.Model,
   plan: execution.Plan,
-  tuning: dict[str, Any] | None = None,
+  tuning: dict[str, Any],
 ) -> _KindOfBlock:
-  tuning = tuning or {}
-  own = {f"tuning {name}": value for name, value in tuning.items()}
-  settings = tuple({**config.structure(), **own}.items())
-  return _KindOfBlock(settings, model, plan, config, tuning)
+  structure = tuple(config.structure().items())
+  return _KindOfBlock(structure, tuple(tuning.items()), model, plan, config)
 
 
 # One run after the other in one process, with another seed or another
@@ -295,11 +294,10 @@ def _kind_of_block(
 def _block(kind: _KindOfBlock) -> rounds.Block:
   """Rounds of training, or of fine-tuning, that end in an aggregator."""
   config, model, plan = kind.config, kind.model, kind.plan
+  tuning = dict(kind.tuning)
   attack = attacks.chain(_attack(config), *_attacks_on(model, config))
-  if "stealth" in kind.tuning:
-    attack = attacks.chain(
-      attack, attacks.within_benign(kind.tuning["stealth"])
-    )
+  if "stealth" in tuning:
+    attack = attacks.chain(attack, attacks.within_benign(tuning["stealth"]))
   chunk = config.client_chunk
   on_host = config.population == "host"
   run_round = rounds.make_round(
@@ -318,7 +316,7 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
       attackers_loss=attack.loss,
     ),
     attack=attack,
-    aggregator=_aggregator(config, kind.tuning.get("aggregation")),
+    aggregator=_aggregator(config, tuning.get("aggregation")),
     cohort_size=0 if on_host else config.clients_per_round,
     server_rate=config.server_rate,
     client_chunk=plan.client_chunk if chunk < 0 else chunk,

@@ -266,14 +266,14 @@ class Memory(Protocol):
     """What was kept last of this search, or None.
 
     Args:
-      like: a search of the same classes, NumPy arrays [classes, ...].
+      like: a search of the same classes, leaves [classes, ...].
     """
 
   def keep(self, search: Search, *, at_end: bool) -> None:
     """Is offered the search every few steps, and may keep it.
 
     Args:
-      search: NumPy arrays [classes, ...].
+      search: leaves [classes, ...], the same on all devices.
       at_end: whether it is complete.
     """
 
@@ -353,7 +353,7 @@ def reverse_triggers(
   batches_shape = (settings.batches_per_step, settings.batch_size)
   search = _begin(model.image_shape, columns[0], key)
   done, running = 0, True
-  kept = None if memory is None else memory.load(parallel.on_host(search))
+  kept = None if memory is None else memory.load(search)
   if kept is not None:
     search = parallel.replicate(jax.tree.map(jnp.asarray, kept), mesh)
     done, running = int(kept.step.max()), not kept.stopped.all()
@@ -381,7 +381,7 @@ def reverse_triggers(
       running = bool(still)
     if memory is not None:
       at_end = not running or done == settings.steps
-      memory.keep(parallel.on_host(search), at_end=at_end)
+      memory.keep(search, at_end=at_end)
     if on_steps is not None:
       on_steps(done)
   return _found(
