@@ -34,6 +34,7 @@ from fljax import networks
 from fljax import parallel
 from fljax import partition as partitions
 from fljax import population as populations
+from fljax import programs
 from fljax import rounds
 from fljax import triggers
 from fljax import workdir as workdirs
@@ -532,10 +533,8 @@ def use_compilation_cache(config: Config) -> None:
   """Keeps compiled programs between runs, unless told not to."""
   if config.compilation_cache == "off":
     return
-  folder = (
-    str(data.cache_dir() / "programs")
+  programs.keep(
+    data.cache_dir() / "programs"
     if config.compilation_cache == "default"
     else config.compilation_cache
   )
-  jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

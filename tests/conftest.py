@@ -13,9 +13,11 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One device, whatever the machine: tests of several make them themselves.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
-# No test may depend on, or leave anything in, the user's cache. Each worker's
-# keeps compiled programs for all its modules and the processes they start.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fljax-tests-")
+# No test may depend on, or leave anything in, the user's cache. One of the
+# suite's own keeps compiled programs for all workers, to which pytest-xdist
+# hands the environment on, and for the processes that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fljax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
   os.environ["XDG_CACHE_HOME"], "fljax", "programs"
 )
@@ -118,7 +120,8 @@ def from_flax():
 
 
 def pytest_unconfigure():
-  shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+  if "PYTEST_XDIST_WORKER" not in os.environ:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

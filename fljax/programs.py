@@ -1,0 +1,71 @@
+"""Compiled programs that are kept between runs: only the first one waits.
+
+JAX keeps them, and what it cannot read or write it says in warnings, at every
+start again: a program that a full disk or a kill left half-written stays as it
+is (`jax._src.lru_cache` writes in place, and never over what is there).
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+import re
+import sys
+from typing import Any
+import warnings
+
+import jax
+import tqdm
+
+_SAYS = r"Error (reading|writing) persistent compilation cache entry for "
+_TROUBLE = re.compile(_SAYS + r"'(.+?)': (.*)", re.DOTALL)
+
+
+def keep(folder: str | Path) -> None:
+  """Keeps compiled programs in a folder, and takes them from there.
+
+  One that cannot be read is thrown away and compiled again. Where none can be
+  kept, one line on stderr says so.
+
+  Args:
+    folder: of the programs; made when there is something to keep.
+  """
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  # Two programs may have one name, and a warning is else shown once.
+  warnings.filterwarnings("always", _SAYS)
+  if isinstance(warnings.showwarning, _Mending):
+    warnings.showwarning.folder = Path(folder)
+  else:
+    warnings.showwarning = _Mending(Path(folder), warnings.showwarning)
+
+
+class _Mending:
+  """Stands for `warnings.showwarning`, and acts on those of the cache."""
+
+  def __init__(self, folder: Path, others: Any):
+    self.folder = folder
+    self._others = others
+    self._told = False
+
+  def __call__(
+    self, message: Warning | str, *arguments: Any, **named: Any
+  ) -> None:
+    trouble = _TROUBLE.match(str(message))
+    if trouble is None:
+      self._others(message, *arguments, **named)
+      return
+    doing, name, reason = trouble.groups()
+    kept = doing == "reading" and self.folder.is_dir()
+    # Which of this name it is, JAX does not say; the others cost a compilation.
+    for program in self.folder.glob(f"{glob.escape(name)}-*"):
+      try:
+        program.unlink(missing_ok=True)
+      except OSError:
+        kept = False
+    if not kept and not self._told:
+      self._told = True
+      tqdm.tqdm.write(
+        f"Compiled programs cannot be kept in {self.folder}: {reason}",
+        file=sys.stderr,
+      )
