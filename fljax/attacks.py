@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fljax import federation as federations
 from fljax import models
+from fljax.cleanse import weights
 
 Array = jax.Array
 Federation = federations.Federation
@@ -474,8 +475,8 @@ def self_limited(model: models.Model, delta: float) -> Attack:
   """Attackers keep their own weights from becoming extreme.
 
   After each local step the target convolution's weights are limited to μ ± Δσ
-  of that kernel, so that the backdoor does not rely on what adjusting extreme
-  weights removes.
+  of those of its living neurons, so that the backdoor does not rely on what
+  adjusting extreme weights removes. Pruned neurons stay at zero.
 
   Args:
     model: the network.
@@ -491,9 +492,11 @@ def self_limited(model: models.Model, delta: float) -> Attack:
 
   def local(params: Params) -> Params:
     kernel = models.target_kernel(model, params)
-    mean, reach = kernel.mean(), delta * kernel.std()
+    alive = weights.living(kernel)
+    mean, std = weights.statistics(kernel, alive, "surviving")
+    limited = jnp.clip(kernel, mean - delta * std, mean + delta * std)
     return models.with_target_kernel(
-      model, params, jnp.clip(kernel, mean - reach, mean + reach)
+      model, params, jnp.where(alive, limited, kernel)
     )
 
   return Attack(local=local)
@@ -504,7 +507,7 @@ def gain_limited(model: models.Model, times: float) -> Attack:
 
   After each local step the positive weights at each place of the target
   convolution's kernel are scaled down until their sum is within a multiple of
-  the median neuron's gain (`cleanse.weights.gains`).
+  the median living neuron's gain (`cleanse.weights.gains`).
 
   Args:
     model: the network.
@@ -521,7 +524,9 @@ def gain_limited(model: models.Model, times: float) -> Attack:
   def local(params: Params) -> Params:
     kernel = models.target_kernel(model, params)
     sums = jnp.maximum(kernel, 0).sum(axis=-2, keepdims=True)
-    most = times * jnp.median(sums.max(axis=(0, 1, 2)))
+    gains = jnp.where(weights.living(kernel), weights.gains(kernel), jnp.nan)
+    # If none is left it is NaN, and there is nothing to limit.
+    most = times * jnp.nanmedian(gains)
     scale = jnp.minimum(1, most / jnp.where(sums > 0, sums, 1))
     return models.with_target_kernel(
       model, params, jnp.where(kernel > 0, scale * kernel, kernel)
@@ -597,9 +602,9 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   return Attack(loss=loss)
 
 
-def _mean_of(values: Array, weights: Array) -> Array:
+def _mean_of(values: Array, shares: Array) -> Array:
   """Over the first axis, of values that count; 0 if none does."""
-  return jnp.tensordot(weights, values, 1) / jnp.maximum(weights.sum(), 1)
+  return jnp.tensordot(shares, values, 1) / jnp.maximum(shares.sum(), 1)
 
 
 def within_benign(spread: float) -> Attack:

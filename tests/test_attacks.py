@@ -255,28 +255,46 @@ def test_neurons_to_avoid_must_exist(model, pruned):
     attacks.pruning_aware(model, tuple(range(model.neurons)))
 
 
-@given(delta=st.sampled_from([0.5, 1.0, 2.0]))
-def test_a_self_limited_attacker_has_no_extreme_weight(model, delta):
-  state = make_state(model)
-  before = models.target_kernel(model, state.params)
+def _pruned(model, pruned):
+  """A model of which the first neurons are pruned, and who is left."""
+  mask = jnp.arange(model.neurons) >= pruned
+  return models.mask_neurons(model, make_state(model).params, mask), mask
+
+
+@given(delta=st.sampled_from([0.5, 1.0, 2.0]), pruned=st.integers(0, 5))
+def test_a_self_limited_attacker_has_no_extreme_weight(model, delta, pruned):
+  params, alive = _pruned(model, pruned)
+  before = models.target_kernel(model, params)
   after = models.target_kernel(
-    model, attacks.self_limited(model, delta).local(state.params)
+    model, attacks.self_limited(model, delta).local(params)
   )
-  mean, reach = before.mean(), delta * before.std()
-  assert float(jnp.abs(after - mean).max()) <= float(reach) * (1 + 1e-6)
-  inside = jnp.abs(before - mean) <= reach
+  # As the server sees it, to which pruned neurons count for nothing.
+  mean, std = weights.statistics(before, alive, "surviving")
+  found = weights.zero_extremes(after, mean, std, delta * (1 + 1e-6))
+  np.testing.assert_array_equal(found, after)
+  inside = jnp.abs(before - mean) <= delta * std
   np.testing.assert_array_equal(after[inside], before[inside])
-
-
-@given(times=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
-def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(model, times):
-  state = make_state(model)
-  before = models.target_kernel(model, state.params)
-  after = models.target_kernel(
-    model, attacks.gain_limited(model, times).local(state.params)
+  np.testing.assert_array_equal(after[..., ~alive], 0)
+  assert float(jnp.abs(after - mean).max()) == pytest.approx(
+    float(jnp.minimum(jnp.abs(before - mean)[..., alive].max(), delta * std)),
+    rel=1e-5,
   )
+
+
+@given(times=st.sampled_from([0.0, 0.5, 1.0, 2.0]), pruned=st.integers(0, 6))
+def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(
+  model, times, pruned
+):
+  params, alive = _pruned(model, pruned)
+  before = models.target_kernel(model, params)
+  after = models.target_kernel(
+    model, attacks.gain_limited(model, times).local(params)
+  )
+  if pruned == model.neurons:
+    np.testing.assert_array_equal(after, 0)
+    return
   gains = weights.gains(before)
-  most = times * float(jnp.median(gains))
+  most = times * float(jnp.median(gains[alive]))
   assert float(weights.gains(after).max()) <= most * (1 + 1e-5)
   # Nothing else is touched, and no more than has to be.
   np.testing.assert_array_equal(after[before <= 0], before[before <= 0])

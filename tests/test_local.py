@@ -137,6 +137,31 @@ def test_most_steps_end_training_within_an_epoch(model, params):
     chex.assert_trees_all_close(whole, trained)
 
 
+@given(
+  epochs=st.integers(1, 4), steps=st.integers(1, 12), own=st.integers(1, 5)
+)
+def test_most_steps_count_no_padding(model, params, epochs, steps, own):
+  """A small client beside a large one trains as it would alone."""
+  federation, _ = make_federation(samples=10, attackers=0)
+  padded = federations.select(federation, 0)
+  padded = padded.replace(mask=padded.mask & (jnp.arange(10) < own))
+  options = {"batch_size": 1, "precision": "highest"}
+  made = local.sgd_steps(
+    model, optax.sgd(0.1), epochs=epochs, most_steps=steps, **options
+  )
+  active, key = jnp.asarray(False), jax.random.key(4)
+  indices, keys = made.batches(padded, active, key)
+  assert len(indices) == len(keys) == min(steps, 10 * epochs)
+  counting = np.asarray(padded.mask[indices]).sum()
+  assert counting == min(steps, own * epochs)
+  # Every epoch that is whole has each sample once.
+  taken = np.asarray(indices[:counting, 0])
+  for begin in range(0, counting - own + 1, own):
+    np.testing.assert_array_equal(
+      np.sort(taken[begin : begin + own]), np.arange(own)
+    )
+
+
 @given(rate=st.sampled_from([0.25, 0.5, 2.0]), momentum=st.booleans())
 def test_a_clients_rate_multiplies_its_learning_rate(
   model, params, rate, momentum

@@ -49,6 +49,18 @@ def statistics(
 STATISTICS = ("surviving", "all")
 
 
+def living(kernel: Array) -> Array:
+  """Which neurons have any weight: who sees a model sees what was pruned.
+
+  Args:
+    kernel: [..., neurons].
+
+  Returns:
+    bool [neurons].
+  """
+  return (kernel != 0).any(axis=tuple(range(kernel.ndim - 1)))
+
+
 def gains(kernel: Array) -> Array:
   """How far a single cell of the input can raise each neuron.
 
