@@ -441,16 +441,17 @@ class Config:
   fine_tune_patience: int = _setting(
     5,
     "Fine-tuning stops after so many rounds without better validation"
-    " accuracy; 0 runs all rounds. Either way the best round's model is kept;"
-    " without validation images all rounds are run and the last is kept.",
+    " accuracy; 0 runs all rounds. Either way the best round's model is kept,"
+    " or that from before if none is better; without validation images all"
+    " rounds are run and the last is kept.",
     low=0,
     cleansing=True,
   )
   fine_tune_drop: float = _setting(
     -1.0,
-    "Fine-tuning ends with the first round whose validation accuracy is at"
-    " most this, a fraction, below the trained model's (threshold_tuning of"
-    " Algorithm 1); -1 does not end it so.",
+    "Fine-tuning ends as soon as the validation accuracy is at most this, a"
+    " fraction, below the trained model's, before its first round already"
+    " (threshold_tuning of Algorithm 1); -1 does not end it so.",
     low=-1,
     high=1,
     cleansing=True,
@@ -678,6 +679,11 @@ class Config:
         f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
+    if -1 < self.fine_tune_drop < 0:
+      raise errors.ConfigError(
+        f"--fine_tune_drop={self.fine_tune_drop:g} is out of range: it must be"
+        " -1, or from 0 to 1."
+      )
     if self.fine_tune_drop >= 0 and not self.validation_size:
       raise errors.ConfigError(
         f"--fine_tune_drop={self.fine_tune_drop:g} needs the server's own"
@@ -770,11 +776,15 @@ class Config:
 
   def training(self) -> dict[str, Any]:
     """The settings that make the trained model what it is."""
-    return {
+    found = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["identity"] and not field.metadata["cleansing"]
     }
+    if self.aggregation != "trimmed_mean":
+      # It is fine-tuning's alone then, and as good as not given.
+      found["aggregation_trim"] = Config.aggregation_trim
+    return found
 
   def structure(self) -> dict[str, Any]:
     """The settings that decide on its programs, and where they run."""
@@ -836,7 +846,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "",
     "Settings with several values each, as in 'seed=0,1,2;pairs=9:0,9:1':"
     " every combination is run, in a folder of its own in --workdir. 'pairs'"
-    " are victim and target labels.",
+    " are victim and target labels; phases are joined by a plus, as in"
+    " 'cleanse=fp+ft+aw,aw'.",
     flag_values=values,
   )
   for field in dataclasses.fields(Config):

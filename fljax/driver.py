@@ -442,6 +442,7 @@ class Driver:
         state.params,
         self._reported_activations(state),
         accuracies,
+        neuron_mask=state.neuron_mask,
         method=config.pruning,
         rate=config.pruning_rate,
         max_drop=config.pruning_drop,
@@ -465,12 +466,9 @@ class Driver:
           **{key: float(column[step]) for key, column in columns.items()},
         }
 
-    after = state.replace(
-      params=pruned.params, neuron_mask=pruned.neuron_mask & state.neuron_mask
-    )
+    after = state.replace(params=pruned.params, neuron_mask=pruned.neuron_mask)
     facts: dict[str, Any] = {
-      # Those that an earlier phase pruned do not count again.
-      "pruned_neurons": int((state.neuron_mask & ~after.neuron_mask).sum()),
+      "pruned_neurons": pruned.num_pruned,
       "neurons": model.neurons,
     }
     if len(pruned.accuracies):
@@ -511,6 +509,10 @@ class Driver:
       del state
       line = {"round": done, **_line(metrics)}
       lines.append(line)
+      if not done:
+        # The model as it came in, which no client trained.
+        del line["loss"]
+        return
       self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
       if done < config.fine_tune_rounds:

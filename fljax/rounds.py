@@ -51,7 +51,8 @@ class RoundMetrics(struct.PyTreeNode):
   """What a round, or the last of a block, tells.
 
   Attributes:
-    loss: float32 scalar, mean training loss over the cohort's clients.
+    loss: float32 scalar, mean training loss over the cohort's clients; with an
+      aggregator that is no weighted sum over those whose loss is finite.
     bad_round: int32 scalar, the first round (from 1) whose loss or model was
       not finite; 0 if there was none.
     accuracies: float32 scalars by name, of the model after the round on each
@@ -244,7 +245,13 @@ def make_round(
       lambda old, change: old + server_rate * change, state.params, update
     )
     params = models.mask_neurons(model, params, state.neuron_mask)
-    loss = losses.mean()
+    if aggregator.shares is None:
+      # A rule that withstands a client whose training is not finite shall not
+      # be stopped by that client's loss.
+      losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
+      loss = jnp.nanmean(losses)
+    else:
+      loss = losses.mean()
     finite = jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
       finite &= jnp.isfinite(leaf).all()

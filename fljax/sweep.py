@@ -69,7 +69,8 @@ def expand(config: Config, text: str) -> dict[str, Config]:
   Args:
     config: what they have in common; its workdir is their folders' parent.
     text: as in "seed=0,1,2;pairs=9:0,9:1": every combination is one
-      experiment. Pairs are victim and target labels.
+      experiment. Pairs are victim and target labels; phases of cleansing are
+      joined by a plus, as in "cleanse=fp+ft+aw,aw".
 
   Returns:
     For each, by the name of its folder, its config.
@@ -126,6 +127,9 @@ def _choice(text: str, key: str, value: str) -> tuple[str, dict[str, Any]]:
       zip(_PAIR, converted, strict=True)
     )
   shown = f"{converted[0]:g}" if kind is float else str(converted[0])
+  if key == "cleanse":
+    # Its own commas would part the values of the sweep.
+    return f"{key}={shown}", {key: shown.replace("+", ",")}
   return f"{key}={shown}", {key: converted[0]}
 
 

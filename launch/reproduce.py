@@ -112,6 +112,7 @@ _OVERRIDE = flags.DEFINE_multi_string(
 # What --override cannot be given.
 _DECIDED = {
   "cleanse": "the phases are what tables and figures show",
+  "dataset": "use --datasets",
   "seed": "use --seeds",
   "workdir": "use --workdir",
   "trained_in": "trained models are found in --workdir",

@@ -102,7 +102,7 @@ def test_a_run_leaves_what_is_promised(config):
   training, fp, fp_aw, ft, whole = results["phases"]
   assert training["test_accuracy"] > 0.9
   assert 0 <= fp["pruned_neurons"] <= fp["neurons"] == 8
-  assert ft["fine_tune_rounds"] == 3 and 1 <= ft["kept_round"] <= 3
+  assert ft["fine_tune_rounds"] == 3 and 0 <= ft["kept_round"] <= 3
   for phase in (fp_aw, whole):
     assert phase["zeroed_weights"] >= 0 and "delta" in phase
   assert results["seed"] == 0 and results["config"] == config.identity()
@@ -117,9 +117,11 @@ def test_a_run_leaves_what_is_promised(config):
   ]
   phases = [line["phase"] for line in lines]
   assert phases.count("training") == 3 and phases.count("fp") == 9
-  assert phases.count("fp+ft") == 3
+  assert phases.count("fp+ft") == 4
   tuning = [line for line in lines if line["phase"] == "fp+ft"]
-  kept = tuning[ft["kept_round"] - 1]
+  assert [line["round"] for line in tuning] == [0, 1, 2, 3]
+  assert ["loss" in line for line in tuning] == [False, True, True, True]
+  kept = tuning[ft["kept_round"]]
   assert kept["accuracy"] == max(line["accuracy"] for line in tuning)
   assert kept["test_accuracy"] == pytest.approx(ft["test_accuracy"])
   assert [line["round"] for line in lines[:3]] == [2, 4, 6]
@@ -160,8 +162,8 @@ def test_phases_are_chosen_and_ordered(config, cleanse, names):
 
 @pytest.mark.parametrize("cleanse", ["fp,ft", "aw,ft", "ft"])
 def test_fine_tuning_ends_when_enough_is_recovered(config, cleanse):
-  """With everything allowed after one round, with nothing never early."""
-  for drop, expected in ((1.0, 1), (-1.0, 3)):
+  """With everything allowed before any round, with nothing never early."""
+  for drop, expected in ((1.0, 0), (-1.0, 3)):
     config = _with(
       config,
       cleanse=cleanse,

@@ -145,9 +145,8 @@ def test_most_steps_count_no_padding(model, params, epochs, steps, own):
   federation, _ = make_federation(samples=10, attackers=0)
   padded = federations.select(federation, 0)
   padded = padded.replace(mask=padded.mask & (jnp.arange(10) < own))
-  options = {"batch_size": 1, "precision": "highest"}
   made = local.sgd_steps(
-    model, optax.sgd(0.1), epochs=epochs, most_steps=steps, **options
+    model, optax.sgd(0.1), epochs=epochs, batch_size=1, most_steps=steps
   )
   active, key = jnp.asarray(False), jax.random.key(4)
   indices, keys = made.batches(padded, active, key)

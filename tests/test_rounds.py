@@ -266,6 +266,28 @@ def test_the_first_bad_round_is_told(model):
   assert int(metrics.bad_round) == 3
 
 
+@pytest.mark.parametrize(
+  "aggregator, stands",
+  [(aggregators.mean(), False), (aggregators.trimmed_mean(0.25), True)],
+  ids=["mean", "trimmed_mean"],
+)
+def test_a_robust_rule_withstands_a_client_that_diverges(
+  model, aggregator, stands
+):
+  federation, attack = make_federation()
+  # The attacker's own steps, so that its loss is not finite.
+  rate = jnp.where(federation.attacker, 1e30, 1.0)
+  federation = federation.replace(rate=federation.rate * rate)
+  run = jax.jit(make_round(model, attack, aggregator=aggregator))
+  state, metrics = run(make_state(model), federation, jax.random.key(3))
+  assert (int(metrics.bad_round) == 0) == stands
+  assert bool(jnp.isfinite(metrics.loss)) == stands
+  finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+  assert all(finite) == stands
+  if stands:
+    assert 0 < float(metrics.loss) < 10
+
+
 def test_training_learns_the_task_and_the_backdoor(model):
   federation, attack = make_federation(samples=40, attackers=2, gamma=2.0)
   block = rounds.make_block(model, make_round(model, attack))

@@ -134,7 +134,7 @@ class Pruned(NamedTuple):
     order: int [neurons], the pruning sequence.
     accuracies: float [neurons + 1], what the choice was based on, or what was
       measured for the record; empty if nothing was.
-    num_pruned: how many neurons were pruned.
+    num_pruned: how many neurons were pruned, without those from before.
     anomaly: where gains decide, the anomaly index of the first in the order;
       not finite if most neurons are alike or none is alive.
   """
@@ -153,6 +153,7 @@ def prune(
   means: Array,
   accuracies: PruningAccuracies,
   *,
+  neuron_mask: Array | None = None,
   method: str = "mvp",
   rate: float = 0.5,
   max_drop: float = 0.01,
@@ -166,6 +167,8 @@ def prune(
     means: [clients, neurons], each client's `reports.client_activations`; the
       server only ever sees the ranks or votes made of them.
     accuracies: see `Curves`.
+    neuron_mask: bool [neurons], False for neurons that are pruned already,
+      which are neither ranked nor voted on and stay pruned; None if none is.
     method: "rap" or "mvp".
     rate: p, the share of neurons that each client votes to prune (MVP).
     max_drop: the accuracy that pruning may cost.
@@ -173,16 +176,21 @@ def prune(
       of them ("neuron"), see `selection.pruning_count`.
 
   Returns:
-    The pruned model and how it came about.
+    The pruned model and how it came about; neurons that are pruned already
+    come last in the order.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
   """
-  order = pruning.pruning_order(pruning.SCORES[method](means, rate))
+  if neuron_mask is None:
+    neuron_mask = jnp.ones(means.shape[1], bool)
+  living, gone = jnp.flatnonzero(neuron_mask), jnp.flatnonzero(~neuron_mask)
+  scores = pruning.SCORES[method](means[:, living], rate)
+  order = jnp.concatenate([living[pruning.pruning_order(scores)], gone])
   curve = np.asarray(accuracies(params, order), np.float64)
   count = selection.pruning_count(curve, max_drop, drop_of)
-  return _without_first(model, params, order, curve, count)
+  return _without_first(model, params, neuron_mask, order, curve, count)
 
 
 def prune_outliers(
@@ -225,23 +233,25 @@ def prune_outliers(
   pruned = _without_first(
     model,
     params,
+    neuron_mask,
     order,
     np.asarray(accuracies(params, order) if accuracies else [], np.float64),
     int((outlying & (alive > jnp.nanmedian(alive))).sum()),
   )
-  return pruned._replace(
-    neuron_mask=pruned.neuron_mask & neuron_mask, anomaly=float(index[order[0]])
-  )
+  return pruned._replace(anomaly=float(index[order[0]]))
 
 
 def _without_first(
   model: models.Model,
   params: models.Params,
+  neuron_mask: Array,
   order: Array,
   curve: np.ndarray,
   count: int,
 ) -> Pruned:
-  mask = pruning.mask_without_first(order, count)
+  """The first of an order go; those pruned already are its last."""
+  count = min(count, int(neuron_mask.sum()))
+  mask = pruning.mask_without_first(order, count) & neuron_mask
   return Pruned(
     params=models.mask_neurons(model, params, mask),
     neuron_mask=mask,
@@ -257,7 +267,8 @@ class FineTuned(NamedTuple):
   Attributes:
     state: the server's state after the round that was kept.
     rounds: how many rounds were run.
-    kept: which of them that was; 0 if none was run.
+    kept: which of them that was; 0 if none was run, or none was better than
+      the model that came in.
     bad_round: whether the last of them was not finite.
   """
 
@@ -299,27 +310,37 @@ def fine_tune(
     patience: stops after so many rounds without better accuracy on the
       server's validation images, examples["validation"]; 0, or no such
       examples, never does.
-    enough: stops after the first round with at least this accuracy on the
-      server's validation images: threshold_tuning of Algorithm 1. The
-      attackers take part in every round, so that none is wanted that the
-      model does not need. None never stops for that.
+    enough: stops as soon as the accuracy on the server's validation images is
+      at least this, before the first round already: threshold_tuning of
+      Algorithm 1. The attackers take part in every round, so that none is
+      wanted that the model does not need. None never stops for that.
     examples: what to evaluate on after each round, by name.
-    on_round: is told rounds done, state and metrics after each.
+    on_round: is told rounds done, state and metrics after each; with
+      validation images before the first, too.
 
   Returns:
     The state after the round that was best on the validation images, the
-    first of equals: the server stops "when the accuracy does not improve any
-    further", and rounds that did not improve it are undone, as everywhere in
-    cleansing. Without validation images, the state after the last round.
+    first of equals, or the state that came in: the server stops "when the
+    accuracy does not improve any further", and rounds that did not improve it
+    are undone, as everywhere in cleansing. Without validation images, the
+    state after the last round.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-B, Equation 2, and Algorithm 1,
     "Fine-tuning".
   """
+  chosen = FineTuned(jax.tree.map(jnp.copy, state), 0, 0, False)
   state = jax.tree.map(jnp.copy, state)  # Blocks donate theirs.
-  chosen = FineTuned(state, 0, 0, False)
   best = float("-inf")
+  if rounds and "validation" in (examples or {}):
+    # No round: what the block says of the model as it comes in.
+    state, metrics = block(state, federation, key, 0, examples)
+    best = float(metrics.accuracies["validation"])
+    if on_round is not None:
+      on_round(0, state, metrics)
+    if enough is not None and best >= enough - selection.TOLERANCE:
+      return chosen
   for done in range(1, rounds + 1):
     state, metrics = block(state, federation, key, 1, examples)
     if int(metrics.bad_round):

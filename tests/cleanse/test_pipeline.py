@@ -252,10 +252,11 @@ def test_weights_can_be_adjusted_without_validation_images(model, trained):
 @pytest.mark.parametrize(
   "measured", [[0.5, 0.7, 0.6, 0.7, 0.4, 0.8], [0.5], [0.9, 0.1, 0.2], []]
 )
+@pytest.mark.parametrize("before", [0.3, 0.66, 0.9])
 def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
-  model, measured, patience, enough
+  model, before, measured, patience, enough
 ):
-  accuracies = iter(measured)
+  accuracies = iter([before, *measured])
 
   def block(state, federation, key, length, examples):
     del federation, key, examples
@@ -269,12 +270,13 @@ def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
     return after, metrics
 
   # Brute force: who waits for `patience` rounds after the last better one, or
-  # has what was wanted.
+  # has what was wanted; round 0 is the model that came in.
+  along = [before, *measured]
   ran = len(measured)
-  for done in range(1, len(measured) + 1):
-    best = int(np.argmax(measured[:done])) + 1
+  for done in range(len(along)):
+    best = int(np.argmax(along[: done + 1]))
     tired = patience and done - best >= patience
-    if tired or (enough is not None and measured[done - 1] >= enough):
+    if tired or (enough is not None and along[done] >= enough):
       ran = done
       break
   state = make_state(model)
@@ -286,9 +288,10 @@ def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
     rounds=len(measured),
     patience=patience,
     enough=enough,
+    examples={"validation": None},
   )
   assert tuned.rounds == ran and not tuned.bad_round
-  assert tuned.kept == (int(np.argmax(measured[:ran])) + 1 if ran else 0)
+  assert tuned.kept == int(np.argmax(along[: ran + 1]))
   assert int(tuned.state.round) == int(state.round) + tuned.kept
 
 
