@@ -106,7 +106,7 @@ def rounds_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   """TA and AA over rounds, of training or fine-tuning (Fig. 3)."""
   figure, axes = _axes("round", phase["name"])
   _draw(axes, [line["round"] for line in lines], lines, "o")
-  if phase.get("kept_round"):
+  if phase.get("kept_round") is not None:
     _mark(axes, phase["kept_round"], f"kept: round {phase['kept_round']}")
   axes.legend(frameon=False, fontsize=9)
   return figure

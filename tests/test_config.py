@@ -122,6 +122,16 @@ def test_the_steps_of_a_round_are_counted(changes, steps):
   assert config.Config(**changes).steps_per_round == steps
 
 
+def test_a_trained_model_serves_every_trim_that_it_was_not_trained_with():
+  def trained(trim, **changes):
+    return config.Config(aggregation_trim=trim, **changes).training()
+
+  robust = {"fine_tune_aggregation": "trimmed_mean"}
+  assert trained(0.2, **robust) == trained(0.3, **robust)
+  robust = {"aggregation": "trimmed_mean"}
+  assert trained(0.2, **robust) != trained(0.3, **robust)
+
+
 def test_the_identity_leaves_out_where_and_what_is_shown():
   one = config.Config(workdir="a", figures=False, data_dir="x")
   two = config.Config(workdir="b")

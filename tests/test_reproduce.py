@@ -133,6 +133,7 @@ def test_shipped_tables_are_those_of_the_flagfiles(tmp_path, path):
     (["--table=1", "--override=round=1"], "--override: "),
     (["--table=1", "--override=cleanse=fp"], "--override=cleanse: the phases"),
     (["--table=1", "--override=seed=3"], "--override=seed: use --seeds"),
+    (["--table=1", "--override=dataset=x"], "--override=dataset: use --data"),
     (["table=1"], "unexpected argument 'table=1'"),
     (["--table=1", "--pairs=9-0"], "--pairs=9-0: give a victim"),
     (["--table=2", "--pairs=1:9"], "--table=2: left out, none"),

@@ -133,6 +133,14 @@ def test_every_combination_has_a_folder_of_its_own():
     target_label=1,
     gamma=2.5,
   )
+  # Phases have commas of their own.
+  found = sweep.expand(common, "cleanse=fp+ft+aw,aw,")
+  assert [one.phases for one in found.values()] == [
+    ("fp", "ft", "aw"),
+    ("aw",),
+    (),
+  ]
+  assert "cleanse=fp+ft+aw" in found
 
 
 @pytest.mark.parametrize(

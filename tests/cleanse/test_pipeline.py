@@ -3,6 +3,8 @@ from conftest import make_federation
 from conftest import make_images
 from conftest import make_round
 from conftest import make_state
+from hypothesis import given
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from fljax import evaluate
 from fljax import models
 from fljax import rounds
 from fljax.cleanse import pipeline
+from fljax.cleanse import pruning
 from fljax.cleanse import reports
 from fljax.cleanse import selection
 from fljax.cleanse import weights
@@ -55,6 +58,37 @@ def test_pruning_goes_as_far_as_the_floor_allows(
     models.mask_neurons(model, pruned.params, pruned.neuron_mask),
     pruned.params,
   )
+
+
+@given(
+  gone=st.sets(st.integers(0, 5), max_size=6),
+  method=st.sampled_from(["rap", "mvp"]),
+  rate=st.sampled_from([0.2, 0.5, 0.8]),
+)
+def test_what_is_pruned_already_is_neither_ranked_nor_voted_on(
+  model, trained, gone, method, rate
+):
+  params, federation, validation = trained
+  alive = jnp.asarray([n not in gone for n in range(model.neurons)])
+  masked = models.mask_neurons(model, params, alive)
+  means = reports.client_activations(model, masked, federation)
+  pruned = pipeline.prune(
+    model,
+    masked,
+    means,
+    pipeline.validation_curves(model, validation).pruning,
+    neuron_mask=alive,
+    method=method,
+    rate=rate,
+    max_drop=0.3,
+  )
+  left = [n for n in range(model.neurons) if n not in gone]
+  among = pruning.SCORES[method](means[:, np.asarray(left, int)], rate)
+  expected = [left[n] for n in np.argsort(-np.asarray(among), kind="stable")]
+  assert list(pruned.order) == [*expected, *sorted(gone)]
+  went = set(np.flatnonzero(np.asarray(alive & ~pruned.neuron_mask)))
+  assert went == set(expected[: pruned.num_pruned])
+  assert not gone & set(np.flatnonzero(np.asarray(pruned.neuron_mask)))
 
 
 def test_of_a_neuron_whose_gain_stands_out_nothing_is_left(model, trained):

@@ -221,6 +221,24 @@ def test_a_figure_averages_over_seeds_and_is_the_same_again():
   assert again.files["figure-3.png"] == made.files["figure-3.png"]
 
 
+def test_how_far_adjusting_goes_in_a_figure_is_not_decided_by_aa():
+  """Neither is it when accuracy has recovered."""
+  record = make_record(fp_ft=(0.98, 1.0), all=(0.9, 0.0))
+  lines = [
+    {"phase": "all", "delta": delta, "accuracy": accuracy, plan.AA: success}
+    for delta, accuracy, success in (
+      (None, 0.98, 1.0),
+      (4, 0.975, 0.95),
+      (3, 0.95, 0.5),
+      (2, 0.97, 0.05),
+    )
+  ]
+  record = record._replace(lines=[*record.lines, *lines])
+  ((_, check),) = figures.figure_6(BASES).statements
+  verdict, told = check({"9 → 0": [record]})
+  assert verdict == "not seen" and "95.0 at Δ = 4" in told
+
+
 def test_a_figure_without_results_says_so():
   made = render.figure(figures.figure_5(BASES), {}, {}, (0,), "command")
   assert not made.files and "No result yet." in made.section
