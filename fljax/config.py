@@ -782,8 +782,8 @@ class Config:
       if field.metadata["identity"] and not field.metadata["cleansing"]
     }
     if self.aggregation != "trimmed_mean":
-      # It is fine-tuning's alone then, and as good as not given.
-      found["aggregation_trim"] = Config.aggregation_trim
+      # It is fine-tuning's alone then.
+      del found["aggregation_trim"]
     return found
 
   def structure(self) -> dict[str, Any]:

@@ -24,8 +24,9 @@ _TROUBLE = re.compile(_SAYS + r"'(.+?)': (.*)", re.DOTALL)
 def keep(folder: str | Path) -> None:
   """Keeps compiled programs in a folder, and takes them from there.
 
-  One that cannot be read is thrown away and compiled again. Where none can be
-  kept, one line on stderr says so.
+  One that cannot be read is thrown away, with all of its name, and compiled
+  again; so is what was half-written. Where none can be kept, one line on
+  stderr says so.
 
   Args:
     folder: of the programs; made when there is something to keep.
@@ -56,16 +57,26 @@ class _Mending:
       self._others(message, *arguments, **named)
       return
     doing, name, reason = trouble.groups()
-    kept = doing == "reading" and self.folder.is_dir()
-    # Which of this name it is, JAX does not say; the others cost a compilation.
-    for program in self.folder.glob(f"{glob.escape(name)}-*"):
-      try:
-        program.unlink(missing_ok=True)
-      except OSError:
-        kept = False
+    try:
+      kept = self._forget(name, newest=doing == "writing")
+    except OSError:
+      kept = False
     if not kept and not self._told:
       self._told = True
       tqdm.tqdm.write(
         f"Compiled programs cannot be kept in {self.folder}: {reason}",
         file=sys.stderr,
       )
+
+  def _forget(self, name: str, *, newest: bool) -> bool:
+    """Deletes what is kept under a name; whether more can be kept.
+
+    Which of them was meant JAX does not say. What could not be written is the
+    newest; what cannot be read may be any, and the others cost a compilation.
+    """
+    found = list(self.folder.glob(f"{glob.escape(name)}-*"))
+    if newest and found:
+      found = [max(found, key=lambda path: path.stat().st_mtime_ns)]
+    for program in found:
+      program.unlink(missing_ok=True)
+    return not newest and self.folder.is_dir()

@@ -51,8 +51,9 @@ class RoundMetrics(struct.PyTreeNode):
   """What a round, or the last of a block, tells.
 
   Attributes:
-    loss: float32 scalar, mean training loss over the cohort's clients; with an
-      aggregator that is no weighted sum over those whose loss is finite.
+    loss: float32 scalar, mean training loss over the cohort's clients, or over
+      those of a finite loss if the aggregator is no weighted sum. 0 if there
+      was no round.
     bad_round: int32 scalar, the first round (from 1) whose loss or model was
       not finite; 0 if there was none.
     accuracies: float32 scalars by name, of the model after the round on each
@@ -87,7 +88,7 @@ class Block(Protocol):
       state: donated: the caller's copy is gone.
       federation: all clients; a `Population` for a `make_streamed_block`.
       key: random key of the whole training.
-      rounds: how many.
+      rounds: how many; 0 only evaluates.
       examples: what to evaluate the model on, by name.
 
     Returns:

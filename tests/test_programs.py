@@ -1,10 +1,15 @@
 """Compiled programs on disk: damage and lack of room are no user's business."""
 
 import os
+from pathlib import Path
 import subprocess
 import sys
+import warnings
 
+import jax
 import pytest
+
+from fljax import programs
 
 # What is kept is decided by the time of compilation; here it is everything.
 SCRIPT = """
@@ -61,9 +66,36 @@ def test_what_cannot_be_read_is_compiled_and_kept_again(tmp_path):
 def test_where_none_can_be_kept_one_line_says_so(tmp_path, missing):
   (tmp_path / "file").write_text("")
   folder = tmp_path / ("file" if missing else "") / "programs"
+  if not missing:
+    # Of the same name, and none of what could not be written.
+    folder.mkdir()
+    (folder / "jit__lambda-other-cache").write_text("whole")
+    os.utime(folder / "jit__lambda-other-cache", (0, 0))
   process = start(folder, kibibytes="unlimited" if missing else "1")
   assert process.stdout.split() == ["42.0", "42.0"]
   (line,) = process.stderr.splitlines()
   assert line.startswith(f"Compiled programs cannot be kept in {folder}: ")
   # Nothing half-written is left for the next.
-  assert not sizes(tmp_path / "programs")
+  assert list(sizes(tmp_path / "programs")) == [
+    *([] if missing else ["jit__lambda-other-cache"])
+  ]
+
+
+def test_a_folder_that_may_not_be_looked_into_ends_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  def refuse(path, *arguments, **named):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  before = warnings.showwarning
+  trouble = "Error reading persistent compilation cache entry for 'jit_run': No"
+  with warnings.catch_warnings():
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    programs.keep(tmp_path)
+    monkeypatch.setattr(Path, "glob", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for _ in range(2):
+      warnings.showwarning(UserWarning(trouble), UserWarning, "jax.py", 1)
+  assert warnings.showwarning is before
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == f"Compiled programs cannot be kept in {tmp_path}: No"

@@ -98,13 +98,14 @@ class Store:
 
   def _training(self, config: Config) -> Config:
     """The training that an experiment takes its model from."""
+    training = config.training()
     defaults: dict[str, Any] = {
       field.name: field.default
       for field in dataclasses.fields(Config)
-      if field.metadata["cleansing"]
+      if field.metadata["identity"] and field.name not in training
     }
     alone = dataclasses.replace(config, **{**defaults, "cleanse": ""})
-    folder = self.path / "trained" / digest(config.training())
+    folder = self.path / "trained" / digest(training)
     return dataclasses.replace(
       alone, workdir=str(folder), trained_in="", figures=False
     )

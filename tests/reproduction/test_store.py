@@ -49,11 +49,27 @@ def _with(config, **changes):
 def test_cells_that_differ_in_cleansing_share_a_training(base, store):
   one = plan.Cell(_with(base, cleanse="fp", pruning="rap"))
   two = plan.Cell(_with(base, cleanse="fp", pruning="mvp"))
+  # The trim is part of training by that rule alone.
+  robust = {"cleanse": "ft", "fine_tune_aggregation": "trimmed_mean"}
+  trims = [
+    plan.Cell(_with(base, aggregation_trim=trim, **robust))
+    for trim in (0.3, 0.4)
+  ]
   assert store.record(one, 3) is None
-  for cell in (one, two):
+  for cell in (one, two, *trims):
     store.run(cell, 3)
   assert len(list((store.path / "trained").iterdir())) == 1
-  assert len(list((store.path / "runs").iterdir())) == 2
+  assert len(list((store.path / "runs").iterdir())) == 4
+  # From a run that has another trim, too.
+  other = store.settings(trims[0], 3)
+  taking = _with(
+    other,
+    aggregation_trim=0.1,
+    workdir=f"{other.workdir}-taking",
+    trained_in=other.workdir,
+  )
+  assert experiment.run(taking, quiet=True)["phases"][1]["name"] == "ft"
+  shutil.rmtree(taking.workdir)
   first, second = (store.record(cell, 3) for cell in (one, two))
   assert first.phase("training") == second.phase("training")
   assert first.curve("training") == second.curve("training")
