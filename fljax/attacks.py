@@ -3,7 +3,8 @@
 On the data before training, on an attacker's loss in each local step, on its
 model before the first and after each, on the stacked updates of a round, and
 on the reports that clients send to the defence. An attack never sees a
-defence's inside, and no aggregator or defence imports this module.
+defence's inside, but may measure weights as one does (`cleanse.weights`); no
+aggregator or defence imports this module.
 """
 
 from __future__ import annotations

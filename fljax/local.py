@@ -230,11 +230,11 @@ def sgd_steps(
     indices = jax.vmap(lambda k: epoch_batches(k, counts, size))(
       jax.random.split(key, epochs)
     ).reshape(-1, size)
-    if most_steps and epochs > 1:
-      # A smaller client's padding, at the end of each epoch, is no step.
-      counting = jnp.append(counts, False)[indices].any(axis=1)
-      indices = indices[jnp.argsort(~counting, stable=True)]
     if most_steps:
+      if epochs > 1:
+        # A smaller client's padding, at the end of each epoch, is no step.
+        counting = jnp.append(counts, False)[indices].any(axis=1)
+        indices = indices[jnp.argsort(~counting, stable=True)]
       indices = indices[:most_steps]
     # Not among those that shuffle: without augmentation nothing changes.
     keys = jax.random.split(jax.random.fold_in(key, epochs), len(indices))

@@ -330,7 +330,7 @@ def fine_tune(
     Zhu, Yang, Mitra), Section IV-B, Equation 2, and Algorithm 1,
     "Fine-tuning".
   """
-  chosen = FineTuned(jax.tree.map(jnp.copy, state), 0, 0, False)
+  chosen = FineTuned(state, 0, 0, False)
   state = jax.tree.map(jnp.copy, state)  # Blocks donate theirs.
   best = float("-inf")
   if rounds and "validation" in (examples or {}):
