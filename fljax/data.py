@@ -161,6 +161,28 @@ def digest(dataset: Dataset) -> str:
   return sha256.hexdigest()
 
 
+def require_usable(images: np.ndarray, labels: np.ndarray) -> None:
+  """Refuses what would be computed with, and mean something else.
+
+  Args:
+    images: any number of them, of whatever type.
+    labels: theirs.
+
+  Raises:
+    errors.DataError: floating point images are not in [0, 1], to which they
+      would be limited, or a label is negative, and would be a last one.
+  """
+  if len(labels) and np.min(labels) < 0:
+    raise errors.DataError(f"label {np.min(labels)} is none: they are from 0.")
+  if len(images) and np.issubdtype(np.asarray(images).dtype, np.floating):
+    low, high = np.min(images), np.max(images)
+    if not (low >= 0 and high <= 1):
+      raise errors.DataError(
+        f"floating point images must be in [0, 1]; these are from {low:g} to"
+        f" {high:g}."
+      )
+
+
 def cache_dir() -> Path:
   """The folder for what fljax can compute again: decoded data, programs."""
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -397,6 +419,10 @@ _OWN_KEYS = (
 )
 
 
+# Of which one becomes a test image, where a file has no test split.
+_SIXTH = 6
+
+
 def from_npz(path: Path) -> Dataset:
   """Reads a user's own data set.
 
@@ -434,11 +460,16 @@ def from_npz(path: Path) -> Dataset:
   if len(parts) == 2:
     images, labels = parts
     _check_pair(path, keys[0], images, labels)
+    if len(images) < _SIXTH:
+      raise errors.DataError(
+        f"{path}: {len(images)} images are too few, as one in {_SIXTH} becomes"
+        " a test image."
+      )
     # The same split whatever the seed of a run, and blind to any pattern in
     # the order of the images.
     test = np.zeros(len(images), bool)
     chosen = np.random.default_rng(0).permutation(len(images))
-    test[chosen[: len(images) // 6]] = True
+    test[chosen[: len(images) // _SIXTH]] = True
     parts = [images[~test], labels[~test], images[test], labels[test]]
   names = keys if len(keys) == 4 else (keys * 2)
   for image_key, images, labels in (
@@ -456,11 +487,19 @@ def from_npz(path: Path) -> Dataset:
       f" images {test_images.shape[1:]}."
     )
   num_classes = int(max(parts[1].max(), parts[3].max())) + 1
-  absent = np.setdiff1d(np.arange(num_classes), parts[1])
-  if len(absent):
+  # Not all numbers up to the highest label, which may be anything.
+  present = np.unique(parts[1])
+  if len(present) < num_classes:
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    absent = int(gaps[0]) if len(gaps) else len(present)
     raise errors.DataError(
-      f"{path}: label {absent[0]} has no training image; labels must be 0 to"
-      " the number of classes less 1, and all must occur."
+      f"{path}: label {absent} has no training image; labels must be 0 to"
+      " the number of classes less 1, and all must occur"
+      + (
+        ", among those five sixths of the images that are not test images."
+        if len(keys) == 2
+        else "."
+      )
     )
   mean, std = _statistics(train_images)
   return Dataset(
@@ -491,7 +530,7 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_pair(
   path: Path, key: str, images: np.ndarray, labels: np.ndarray
 ) -> None:
-  if images.ndim not in (3, 4) or not len(images):
+  if images.ndim not in (3, 4) or not images.size:
     raise errors.DataError(
       f"{path}: {key} has shape {images.shape}; it must be [n, height,"
       " width] or [n, height, width, channels]."

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import data
 from fljax import execution
 from fljax import models
 from fljax import triggers
@@ -43,15 +44,20 @@ def batched(
   """Pads examples to whole batches.
 
   Args:
-    images: uint8 [n, height, width, channels].
-    labels: int [n].
+    images: [n, height, width, channels], uint8 or floating point in [0, 1].
+    labels: int [n], from 0.
     batch_size: examples per batch; no more than are needed are used.
     at_least: pads to at least this many, so that sets of different size share
       one shape and one compiled program.
 
   Returns:
     The batches.
+
+  Raises:
+    errors.DataError: floating point images are not in [0, 1], or a label is
+      negative.
   """
+  data.require_usable(images, labels)
   number = max(len(images), at_least, 1)
   batch_size = min(batch_size, number)
   batches = -(-number // batch_size)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import data
 from fljax import partition as partitions
 from fljax import triggers
 
@@ -78,8 +79,9 @@ def create(
   their data is the business of `attacks`.
 
   Args:
-    images: uint8 [train, height, width, channels].
-    labels: int32 [train].
+    images: [train, height, width, channels], uint8 or floating point in
+      [0, 1].
+    labels: int32 [train], from 0.
     partition: who gets which image.
     num_attackers: how many clients are malicious.
     pieces: triggers of the attackers; attacker i gets piece i mod len(pieces).
@@ -89,7 +91,12 @@ def create(
   Returns:
     The federation, without poisoned samples, with γ = 1 and everybody's
     local steps as they are.
+
+  Raises:
+    errors.DataError: floating point images are not in [0, 1], or a label is
+      negative.
   """
+  data.require_usable(images, labels)
   clients = partition.indices.shape[0]
   ids = np.arange(clients, dtype=np.int32)
   pieces = pieces or [triggers.from_pixels([], images.shape[1:])]

@@ -216,30 +216,56 @@ def mask_neurons(model: Model, params: Params, mask: Array) -> Params:
 def classifier_path(model: Model, params: Params) -> tuple[str, ...]:
   """Where in params["head"] the kernel of the layer that gives logits is.
 
-  It is the two-dimensional kernel with as many columns as there are classes;
-  of several that Flax has numbered, as in Dense_0 and Dense_1, the last.
+  It is the two-dimensional kernel each of whose columns one logit depends on,
+  and no other logit does.
+
+  Args:
+    model: the network.
+    params: its parameters, or their shapes and types.
 
   Raises:
-    errors.ConfigError: there is none, or several of other names.
+    errors.ConfigError: there is none, or more than one.
   """
   leaves = traverse_util.flatten_dict(params["head"])
-  found: dict[tuple[str, ...], list[tuple[int, tuple[str, ...]]]] = {}
-  for path, leaf in leaves.items():
-    fits = leaf.ndim == 2 and leaf.shape[1] == model.num_classes
-    if path[-1] == "kernel" and fits:
-      name, _, number = "/".join(path[:-1]).rpartition("_")
-      numbered = number.isdigit()
-      series = (name,) if numbered else path
-      found.setdefault(series, []).append(
-        (int(number) if numbered else 0, path)
-      )
+  found = [
+    path
+    for path, leaf in leaves.items()
+    if path[-1] == "kernel"
+    and leaf.ndim == 2
+    and leaf.shape[1] == model.num_classes
+    and _gives_logits(model, params["head"], path)
+  ]
   if len(found) != 1:
     raise errors.ConfigError(
       f"the model's head has {'no' if not found else 'more than one'} linear"
-      f" layer that may give its {model.num_classes} logits."
+      f" layer that gives its {model.num_classes} logits."
     )
-  (candidates,) = found.values()
-  return max(candidates)[1]
+  return found[0]
+
+
+def _gives_logits(model: Model, head: Any, path: tuple[str, ...]) -> bool:
+  """Whether a kernel's first column moves the first logit, and that alone."""
+  # Positive weights and activations keep a ReLU open in between.
+  rng = np.random.default_rng(0)
+
+  def drawn(shaped: Any) -> Array:
+    return jnp.asarray(rng.uniform(0.1, 1, shaped.shape), shaped.dtype)
+
+  def active(params: Params) -> Array:
+    images = jnp.zeros((1, *model.image_shape), jnp.uint8)
+    return model.activations(params, model.stem(params, images))
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  # Whoever asks may be under a trace.
+  with jax.ensure_compile_time_eval():
+    params = {"head": jax.tree.map(drawn, head)}
+    seen = drawn(jax.eval_shape(active, shapes))
+    kernel = head_leaf(params, path)
+    moved = with_head_leaf(params, path, kernel.at[:, 0].add(1))
+    logits = jax.jit(model.head)
+    change = np.asarray(logits(moved, seen) - logits(params, seen))[0]
+  alone = np.abs(change[1:]).max(initial=0) <= 1e-5 * abs(change[0])
+  return bool(change[0] != 0 and alone)
 
 
 def classifier_bias_path(
@@ -338,11 +364,14 @@ def from_flax(
 
   Raises:
     errors.ConfigError: the modules do not fit this form. All checks are done
-      here, before anything is trained: parts that do not fit together, another
-      state, no unique kernel, φ(0) ≠ 0, neurons that are no one's own, a wrong
-      number of logits.
+      here, before anything is trained: parts that do not fit together, a mean
+      or std of other channels, another state, no unique kernel, φ(0) ≠ 0,
+      neurons that are no one's own, a wrong number of logits.
   """
   modules = {"stem": stem, "target": target, "head": head}
+  # Models are told apart by what they hold.
+  image_shape = cast(tuple[int, int, int], tuple(image_shape))
+  kernel = None if kernel is None else tuple(kernel)
 
   def run(part: str, params: Params, inputs: Array) -> Array:
     module = modules[part]
@@ -393,6 +422,11 @@ def from_flax(
     return params
 
   def prepared(params: Params, images: Array) -> Array:
+    if images.shape[-3:] != image_shape:
+      raise errors.ConfigError(
+        f"images of {images.shape[-3:]} are none of the model's, which are"
+        f" {image_shape}."
+      )
     # Parameters of another type than float32 compute in it.
     weights = jax.tree.leaves([_weights(own) for own in params.values()])
     dtype = weights[0].dtype if weights else jnp.float32
@@ -436,6 +470,15 @@ def from_flax(
       f"the model does not accept images of {image_shape}:"
       f" {errors.first_line(error)}"
     ) from error
+  channels = image_shape[-1]
+  for name, values in (("mean", mean), ("std", std)):
+    if len(values) not in (1, channels):
+      raise errors.ConfigError(
+        f"{name} has {len(values)} values; images of {channels} channels need"
+        " one of each, or one for all."
+      )
+  if min(std) <= 0:
+    raise errors.ConfigError(f"std must be positive, not {min(std):g}.")
   neurons = active.shape[-1]
   if logits.shape != (1, num_classes):
     raise errors.ConfigError(

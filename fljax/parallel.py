@@ -210,6 +210,8 @@ def place(
   """
   if mesh is None:
     return federation
+  if federation.padding:
+    federation = without_padding(federation)
   padding = -federation.num_clients % mesh.size
 
   def put(leaf: Array) -> Array:

@@ -61,6 +61,8 @@ class Population:
     """
     self._images, self._indices = images, partition.indices
     self.mesh, self.chunk = mesh, chunk
+    # Of the images' shape, which those of size zero below do not have.
+    pieces = pieces or [triggers.from_pixels([], images.shape[1:])]
     create = functools.partial(
       federations.create,
       num_attackers=num_attackers,

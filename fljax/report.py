@@ -6,6 +6,7 @@ Reads what a run left in its workdir and draws it; computes nothing.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 import html
 import io
 import json
@@ -122,26 +123,38 @@ def pruning_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   return figure
 
 
+def delta_places(deltas: Sequence[float | None]) -> list[float]:
+  """Where thresholds stand on an axis; None is the model before adjusting.
+
+  It stands left of the first threshold, so far that the labels do not touch.
+  """
+  finite = [delta for delta in deltas if delta is not None]
+  span = finite[0] - finite[-1] if len(finite) > 1 else 1.0
+  first = (finite[0] if finite else 0.0) + span / 10
+  return [first if delta is None else delta for delta in deltas]
+
+
+def name_delta_places(axes: Any, places: list[float]) -> None:
+  """Makes Δ fall to the right, from "none" on; once all is drawn."""
+  low, first = min(places), max(places)
+  ticks = [tick for tick in axes.get_xticks() if low <= tick < first]
+  axes.set_xticks([*ticks, first], [*(f"{t:g}" for t in ticks), "none"])
+  axes.invert_xaxis()
+
+
 def delta_figure(lines: list[Line], phase: dict[str, Any]) -> figures.Figure:
   """Accuracies over the threshold Δ, falling to the right (Fig. 6)."""
   figure, axes = _axes(
     "threshold Δ (standard deviations)", f"{phase['name']}: extreme weights"
   )
-  # The unadjusted model stands left of the first threshold, so far that the
-  # two labels do not touch.
-  finite = [line["delta"] for line in lines if line["delta"] is not None]
-  span = finite[0] - finite[-1] if len(finite) > 1 else 1.0
-  first = (finite[0] if finite else 0.0) + span / 10
-  x = [first if line["delta"] is None else line["delta"] for line in lines]
+  x = delta_places([line["delta"] for line in lines])
   _draw(axes, x, lines, "o")
   chosen = phase["delta"]
   if chosen is None:
-    _mark(axes, first, "chosen: no change")
+    _mark(axes, max(x), "chosen: no change")
   else:
     _mark(axes, chosen, f"chosen: Δ = {chosen:g}")
-  ticks = [tick for tick in axes.get_xticks() if min(x) <= tick < first]
-  axes.set_xticks([*ticks, first], [*(f"{t:g}" for t in ticks), "none"])
-  axes.invert_xaxis()
+  name_delta_places(axes, x)
   axes.legend(frameon=False, fontsize=9)
   return figure
 
@@ -158,7 +171,11 @@ def trigger_figure(
     shown = image if image.shape[-1] == 3 else image[..., 0]
     axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(caption, fontsize=10)
-    axes.set_axis_off()
+    # A trigger at the border shall not look like a piece missing there.
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+      side.set_color("#888")
   return figure
 
 

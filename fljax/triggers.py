@@ -44,8 +44,20 @@ def stamp(images: Array, trigger: Trigger) -> Array:
 
   Returns:
     The stamped images.
+
+  Raises:
+    errors.ConfigError: the trigger is for images of another shape.
   """
   value = trigger.value
+  try:
+    shape = jnp.broadcast_shapes(value.shape, trigger.mask.shape, images.shape)
+  except ValueError:
+    shape = ()
+  if shape != images.shape:
+    raise errors.ConfigError(
+      f"a trigger for images of {value.shape[-3:]} cannot be stamped on images"
+      f" of {images.shape[-3:]}."
+    )
   if jnp.issubdtype(images.dtype, jnp.integer):
     value = jnp.round(value * 255)
   return jnp.where(trigger.mask, value.astype(images.dtype), images)

@@ -62,7 +62,15 @@ measure() { # NAME FLAG...
     "${peer[@]}"
 }
 
-for name in ${*:-benchmark table3 table4 bfloat16 table1 table5 table2 mnist}; do
+all="benchmark table3 table4 bfloat16 table1 table5 table2 mnist"
+for name in "$@"; do
+  # Before anything runs.
+  if [[ " $all " != *" $name "* ]]; then
+    echo "no step $name: choose of $all." >&2
+    exit 2
+  fi
+done
+for name in ${*:-$all}; do
   case $name in
     table2 | table3 | table4 | bfloat16)
       if [[ -z $data ]]; then
@@ -93,10 +101,6 @@ for name in ${*:-benchmark table3 table4 bfloat16 table1 table5 table2 mnist}; d
     mnist)
       reproduce mnist "$runs" --table=6,7 --discussion=1,2,3 \
         --figure=3,5,6,10,8,7 --beyond=1,3
-      ;;
-    *)
-      echo "no step $name: see the head of this file." >&2
-      exit 2
       ;;
   esac
 done

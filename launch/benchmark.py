@@ -20,6 +20,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -566,6 +567,12 @@ def measure(workload: str) -> dict[str, Any]:
   if _COMPARE.value and workload in ("W1", "W2", "W4"):
     names.append(f"{_COMPARE.value}:{workload}")
   workers = [Worker(name) for name in names]
+  kinds = [worker.facts["device_kind"] for worker in workers]
+  if len({kind == "cpu" for kind in kinds}) > 1:
+    raise RuntimeError(
+      f"on different devices, {' and '.join(kinds)}, there is no comparison;"
+      " JAX_PLATFORMS and CUDA_VISIBLE_DEVICES decide on them"
+    )
   for _ in range(_REPEATS.value):
     for worker in workers:
       worker.repeat()
@@ -625,6 +632,24 @@ def line(workload: str, result: dict[str, Any]) -> str:
   return f"{workload}: " + ", ".join(parts)
 
 
+def unusable() -> str:
+  """What is wrong with the flags, found before anything is measured."""
+  known = ("W1", "W2", "W3", "W4", "W5", "W6")
+  unknown = [name for name in _WORKLOAD.value if name not in known]
+  if unknown or not _WORKLOAD.value:
+    return (
+      f"unknown --workload={','.join(unknown)}: choose of {', '.join(known)}."
+    )
+  if _COMPARE.value and importlib.util.find_spec(_COMPARE.value) is None:
+    return (
+      f"--compare={_COMPARE.value}: it is not installed: pip install"
+      f" {_COMPARE.value}."
+    )
+  if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
+    return f"--json={_JSON.value}: there is no such folder."
+  return ""
+
+
 def main(arguments: Sequence[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   if len(arguments) > 1:
@@ -633,13 +658,8 @@ def main(arguments: Sequence[str]) -> int:
   if _WORKER.value:
     work(_WORKER.value)
     return 0
-  known = ("W1", "W2", "W3", "W4", "W5", "W6")
-  if unknown := [name for name in _WORKLOAD.value if name not in known]:
-    print(
-      f"benchmark: unknown --workload={','.join(unknown)}: choose of"
-      f" {', '.join(known)}.",
-      file=sys.stderr,
-    )
+  if problem := unusable():
+    print(f"benchmark: {problem}", file=sys.stderr)
     return 2
   found: dict[str, Any] = {
     "machine": {

@@ -270,6 +270,12 @@ def run(
       continue
     try:
       store.run(cell, seed)
+      if reason := store.failure(cell, seed):
+        bar.write(
+          f"{command} {label}, seed {seed}: no result, and it is not tried"
+          f" again: {reason} (Settings are changed by --override=NAME=VALUE.)",
+          file=sys.stderr,
+        )
     except errors.ConfigError as error:
       # Of a cell whose settings another one's result made, as in attack 2.
       if cell.after is None:
@@ -321,12 +327,21 @@ def write(
       except errors.DataError as error:
         print(f"{artefact.name}: no result, {error}", file=sys.stderr)
         continue
+    section = sections_folder / f"{artefact.name}.html"
+    shown = isinstance(artefact, plan.Figure) and artefact.kind == "triggers"
+    if not records and not shown and section.exists():
+      print(
+        f"{artefact.title}: no result in {store.path}; what {out} has of it is"
+        " left as it is"
+      )
+      continue
     for name, content in made.files.items():
       (out / name).write_bytes(content)
-    (sections_folder / f"{artefact.name}.html").write_text(
-      made.section, encoding="utf-8"
-    )
-    print(f"{artefact.title}: {made.summary or 'drawn'}")
+    section.write_text(made.section, encoding="utf-8")
+    total = len(seeds) * len(cells_of(artefact))
+    partly = len(records) < total
+    known = f" ({len(records)} of {total} experiments)" if partly else ""
+    print(f"{artefact.title}{known}: {made.summary or 'drawn'}")
   page = {}
   for makers in catalogue.KINDS.values():
     for make in makers.values():

@@ -311,7 +311,13 @@ def report(flagfile: str, mesh: parallel.Mesh) -> dict[str, Any]:
     f"{found['experiment']}: {config.model}, {config.num_clients} clients on"
     f" {mesh.size} chips, {steps} steps a round\n{HEAD}\n{'-' * len(HEAD)}"
   )
-  for program in programs(config, mesh):
+  compiled = programs(config, mesh)
+  names = [program.name for program in compiled]
+  if unknown := [name for name in _PROGRAMS.value if name not in names]:
+    raise errors.ConfigError(
+      f"--programs={','.join(unknown)}: choose of {', '.join(names)}."
+    )
+  for program in compiled:
     if _PROGRAMS.value and program.name not in _PROGRAMS.value:
       continue
     try:

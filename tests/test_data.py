@@ -10,6 +10,9 @@ import pytest
 
 from fljax import data
 from fljax import errors
+from fljax import evaluate
+from fljax import federation
+from fljax import partition
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +232,11 @@ def test_images_in_the_unit_interval_become_256_levels(tmp_path):
     ({"labels": np.zeros(12)}, "must be integers"),
     ({"labels": np.full(12, -1)}, "must be integers from 0"),
     ({"labels": 1 + np.arange(12) % 3}, "label 0 has no training image"),
+    # Not looked for among all numbers up to the highest.
+    ({"labels": np.arange(12) + 4 * 10**9}, "label 0 has no training image"),
+    ({"labels": np.arange(12) // 6 * 2}, "label 1 has no training image"),
+    ({"images": np.zeros((5, 5, 6)), "labels": np.arange(5)}, "are too few"),
+    ({"images": np.zeros((12, 0, 6))}, "has shape"),
     ({"images": np.full((12, 5, 6), 7.0)}, "must be uint8"),
     ({"images": np.full((12, 5, 6), np.nan)}, "must be uint8"),
   ],
@@ -236,6 +244,28 @@ def test_images_in_the_unit_interval_become_256_levels(tmp_path):
 def test_what_is_no_data_set_is_refused(tmp_path, changes, message):
   with pytest.raises(errors.DataError, match=f"own.npz.*{message}"):
     _load(tmp_path, _own(**changes))
+
+
+@pytest.mark.parametrize(
+  "images, labels, message",
+  [
+    (np.full((2, 3, 3, 1), 255.0), np.arange(2), "from 255 to 255"),
+    (np.full((2, 3, 3, 1), np.nan), np.arange(2), "must be in"),
+    (np.zeros((2, 3, 3, 1)), np.asarray([1, -1]), "label -1 is none"),
+  ],
+)
+def test_what_would_mean_something_else_is_refused(images, labels, message):
+  everything = partition.iid(
+    np.arange(2),
+    num_clients=1,
+    samples_per_client=2,
+    rng=np.random.default_rng(0),
+  )
+  with pytest.raises(errors.DataError, match=message):
+    federation.create(images, labels, everything)
+  with pytest.raises(errors.DataError, match=message):
+    evaluate.batched(images, labels)
+  evaluate.batched(np.clip(np.nan_to_num(images), 0, 1), np.abs(labels))
 
 
 def test_other_npz_files_are_refused(tmp_path):

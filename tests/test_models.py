@@ -235,6 +235,8 @@ class _Narrow(nn.Module):
     ({"stem": _Counter()}, "the model's stem keeps count"),
     ({"num_classes": 9}, r"must give\s+\(1, 9\)"),
     ({"head": _Narrow()}, "does not accept images"),
+    ({"mean": (0.1, 0.2, 0.3)}, "mean has 3 values; images of 1 channels"),
+    ({"std": (0.0,)}, "std must be positive"),
   ],
 )
 def test_what_is_no_model_is_refused(changes, message):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fljax import evaluate
+from fljax import federation as federations
 from fljax import population as populations
 from fljax import rounds
 from fljax import triggers
@@ -45,16 +46,18 @@ def test_a_cohort_is_what_the_federation_has_there():
   chex.assert_trees_all_equal(population.cohort(chosen), expected)
 
 
-def test_a_cohort_where_nobody_attacks():
+@pytest.mark.parametrize("pieces", [None, []])
+def test_a_cohort_where_nobody_attacks(pieces):
   images, labels, partition = make_dealt(CLIENTS, SAMPLES)
   population = populations.Population(
-    images, labels, partition, poison=None, num_attackers=0, pieces=[]
+    images, labels, partition, poison=None, num_attackers=0, pieces=pieces
   )
-  cohort = population.cohort(np.asarray([2, 0]))
-  np.testing.assert_array_equal(
-    cohort.images, images[partition.indices[np.asarray([2, 0])]]
+  chosen = np.asarray([2, 0])
+  on_device = federations.create(images, labels, partition, pieces=pieces)
+  chex.assert_trees_all_equal(
+    population.cohort(chosen), federations.select(on_device, chosen)
   )
-  assert not cohort.attacker.any()
+  assert not on_device.attacker.any()
 
 
 @pytest.mark.parametrize("lengths", [(4,), (1, 3), (0, 2, 2)])

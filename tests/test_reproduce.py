@@ -50,7 +50,13 @@ def test_a_figure_is_made_and_not_made_twice(tmp_path):
   assert again.returncode == 0, again.stderr
   assert "3 of 3 cells are complete" in again.stderr
   assert (out / "figure-3.json").read_bytes() == before
-  # What was made before stays on the page.
+  # What was made before stays on the page, also where nothing is known of it.
+  assert (out / "index.html").read_text() == page
+  empty = reproduce(
+    tmp_path / "empty", "--figure=3", "--norun", "--out", str(out)
+  )
+  assert empty.returncode == 0, empty.stderr
+  assert "is left as it is" in empty.stdout
   assert (out / "index.html").read_text() == page
 
 
@@ -68,6 +74,15 @@ def test_what_has_not_been_run_is_shown_as_such(tmp_path):
   assert len(rows) == 18 * 10
   assert {row["mean"] for row in rows} == {""}
   assert not (tmp_path / "trained").exists()
+
+
+def test_what_diverges_is_told_of(tmp_path):
+  arguments = ("--table=6", "--pairs=9:0", "--override=learning_rate=1e30")
+  for _ in range(2):  # It is not tried again, and told of again.
+    process = reproduce(tmp_path, *arguments)
+    assert process.returncode == 0, process.stderr
+    assert "--table=6 9 → 0, seed 0: no result" in process.stderr
+    assert "not finite" in process.stderr
 
 
 def test_some_pairs_and_data_sets_alone(tmp_path):

@@ -82,6 +82,13 @@ def test_dba_pieces_are_disjoint_and_make_the_whole(shape, sizes):
   chex.assert_trees_all_equal(stepwise, triggers.stamp(images, whole))
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 9, 3), (8, 3)])
+def test_images_of_another_shape_are_not_stamped(shape):
+  trigger = triggers.from_pixels([(0, 0)], (8, 8, 3))
+  with pytest.raises(errors.ConfigError, match="trigger for images of"):
+    triggers.stamp(jnp.zeros(shape), trigger)
+
+
 def test_a_pixel_outside_the_image_is_refused():
   with pytest.raises(errors.ConfigError, match="lies outside"):
     triggers.pieces("dba", (8, 8, 3))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fljax import errors
 from fljax import models
 from fljax import parallel
 from fljax.baselines import server
@@ -62,7 +63,7 @@ def tune(
       official code has 0.01 with a momentum of 0.9, which goes as far.
     gradient_clip: largest norm of a batch's gradient.
     weight: α.
-    epochs: passes over the images.
+    epochs: passes over the images, at least one.
     batch_size: images per step.
     augmentation: see `local.augment`.
     mesh: devices that every batch is spread over.
@@ -72,12 +73,18 @@ def tune(
     The tuned parameters.
 
   Raises:
-    errors.ConfigError: the model has no such layer.
+    errors.ConfigError: the model has no such layer, or nothing would teach
+      the new one.
 
   References:
     Towards Stable Backdoor Purification through Feature Shift Tuning (Min,
     Qin, Shen, Cheng, NeurIPS 2023), and its official code.
   """
+  if epochs < 1 or not len(labels):
+    raise errors.ConfigError(
+      f"{len(labels)} images {epochs} times over teach a new last layer"
+      " nothing."
+    )
   path = models.classifier_path(model, params)
   before = models.head_leaf(params, path)
   kernel_key, bias_key, train_key = jax.random.split(key, 3)

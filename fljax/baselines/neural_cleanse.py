@@ -327,7 +327,8 @@ def reverse_triggers(
     succeeds, and masks are those that the search started from.
 
   Raises:
-    errors.ConfigError: there are no images.
+    errors.ConfigError: there are no images, no targets, targets that are no
+      classes, or another number of learning rates.
 
   References:
     The paper, Section IV, "Reverse Engineering Triggers".
@@ -338,8 +339,19 @@ def reverse_triggers(
     targets = range(model.num_classes)
   plan = execution.plan_for()
   chosen = np.asarray(targets, np.int32)
+  classes = (chosen >= 0) & (chosen < model.num_classes)
+  if not len(chosen) or not classes.all():
+    raise errors.ConfigError(
+      f"targets {chosen.tolist()} must be some of the {model.num_classes}"
+      " classes, from 0."
+    )
   if learning_rates is None:
     learning_rates = np.full(chosen.shape, settings.learning_rate)
+  if np.shape(learning_rates) != chosen.shape:
+    raise errors.ConfigError(
+      f"{len(chosen)} targets need as many learning rates, not"
+      f" {np.size(learning_rates)}."
+    )
   params, given, columns, key = parallel.replicate(
     (
       params,
@@ -457,8 +469,12 @@ def _begin(image_shape: tuple[int, ...], targets: Array, key: Array) -> Search:
   def one_class(target: Array) -> Search:
     mask_key, pattern_key = jax.random.split(_of_class(key, target)[0])
     trigger = {
-      "mask": _hidden(jax.random.uniform(mask_key, image_shape[:2])),
-      "pattern": _hidden(jax.random.uniform(pattern_key, image_shape)),
+      "mask": _hidden(
+        jax.random.uniform(mask_key, image_shape[:2], jnp.float32)
+      ),
+      "pattern": _hidden(
+        jax.random.uniform(pattern_key, image_shape, jnp.float32)
+      ),
     }
     return Search(
       trigger=trigger,

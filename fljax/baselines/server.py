@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fljax import errors
 from fljax import evaluate
 from fljax import execution
 from fljax import federation as federations
@@ -133,10 +134,15 @@ def train(
 
   Returns:
     The trained parameters.
+
+  Raises:
+    errors.ConfigError: there is no image to train on.
   """
   params = models.mask_neurons(model, params, neuron_mask)
   if not epochs:
     return params
+  if not len(labels):
+    raise errors.ConfigError("no images were given to train on.")
   arguments = jax.tree.map(jnp.asarray, arguments)
   params, neuron_mask, alone, arguments, key = parallel.replicate(
     (params, neuron_mask, _alone(model, images, labels), arguments, key), mesh

@@ -165,7 +165,8 @@ def prune(
     model: the network.
     params: the trained global model.
     means: [clients, neurons], each client's `reports.client_activations`; the
-      server only ever sees the ranks or votes made of them.
+      server only ever sees the ranks or votes made of them. A row that is not
+      finite, as that of a client without samples, is left out.
     accuracies: see `Curves`.
     neuron_mask: bool [neurons], False for neurons that are pruned already,
       which are neither ranked nor voted on and stay pruned; None if none is.
@@ -179,6 +180,9 @@ def prune(
     The pruned model and how it came about; neurons that are pruned already
     come last in the order.
 
+  Raises:
+    errors.ConfigError: no row is finite.
+
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
@@ -186,6 +190,7 @@ def prune(
   if neuron_mask is None:
     neuron_mask = jnp.ones(means.shape[1], bool)
   living, gone = jnp.flatnonzero(neuron_mask), jnp.flatnonzero(~neuron_mask)
+  means = selection.answered(means)
   scores = pruning.SCORES[method](means[:, living], rate)
   order = jnp.concatenate([living[pruning.pruning_order(scores)], gone])
   curve = np.asarray(accuracies(params, order), np.float64)

@@ -42,7 +42,8 @@ def client_mean(
     batch_size: samples per step.
 
   Returns:
-    float32 [clients, ...].
+    float32 [clients, ...]; NaN for a client without samples, which has nothing
+    to say.
   """
   samples = federation.mask.shape[1]
   batch_size = min(batch_size, samples)
@@ -61,7 +62,8 @@ def client_mean(
       return total(common, images, client.labels[indices], counts)
 
     sums = lax.map(one_batch, starts).sum(axis=0).astype(jnp.float32)
-    return sums / jnp.maximum(client.mask.sum(), 1).astype(jnp.float32)
+    count = client.mask.sum().astype(jnp.float32)
+    return jnp.where(count > 0, sums / jnp.maximum(count, 1), jnp.nan)
 
   means = parallel.map_clients(one_client, common, federation)
   return parallel.everywhere(means, federation.mesh)
@@ -84,7 +86,7 @@ def client_activations(
     federation: all clients.
 
   Returns:
-    float32 [clients, neurons].
+    float32 [clients, neurons]; NaN for a client without samples.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,

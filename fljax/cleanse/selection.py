@@ -6,11 +6,14 @@ below the floor is undone, in pruning and in weight adjusting alike.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fljax import aggregators
+from fljax import errors
 
 # Accuracies are float32 shares of counted hits: less than one hit, more than
 # their rounding.
@@ -88,6 +91,25 @@ DROPS = {
 }
 
 
+def answered(reports: Any) -> Any:
+  """The reports of clients that have something to say.
+
+  Args:
+    reports: [clients, ...]. A client without samples has nothing but NaN to
+      report, and one that sends what is not finite is not listened to.
+
+  Returns:
+    Those that are finite in all places.
+
+  Raises:
+    errors.ConfigError: there are none.
+  """
+  finite = np.isfinite(reports).reshape(len(reports), -1).all(axis=1)
+  if not finite.any():
+    raise errors.ConfigError("no client has a sample to report on.")
+  return reports[np.flatnonzero(finite)]
+
+
 def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   """Combines what clients report, without the most extreme reports.
 
@@ -96,13 +118,16 @@ def trimmed_mean(reports: np.ndarray, share: float) -> np.ndarray:
   side, every step's result lies between two honest reports.
 
   Args:
-    reports: [clients, steps].
+    reports: [clients, steps]; see `answered`.
     share: of the clients, on each side, in [0, 0.5).
 
   Returns:
     [steps].
+
+  Raises:
+    errors.ConfigError: no client has answered.
   """
-  reports = np.sort(np.asarray(reports, np.float64), axis=0)
+  reports = np.sort(answered(np.asarray(reports, np.float64)), axis=0)
   clients = len(reports)
   out = aggregators.left_out(clients, share)
   return reports[out : clients - out].mean(axis=0)

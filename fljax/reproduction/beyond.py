@@ -252,6 +252,7 @@ def beyond_3(bases: Bases) -> Table:
         leaves_little(_BOTH[0], limited),
       ),
     ),
+    averaged=False,
   )
 
 
@@ -397,4 +398,5 @@ def beyond_7(bases: Bases) -> Table:
         left(lambda label: "latent" not in label and label != "none"),
       ),
     ),
+    averaged=False,
   )

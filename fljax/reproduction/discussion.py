@@ -33,6 +33,7 @@ def _attack_table(
         plan.leaves_little(columns, plan.ALL[0], attacked),
       ),
     ),
+    averaged=False,
   )
 
 

@@ -140,6 +140,7 @@ class Table(NamedTuple):
     rows: what is run.
     statements: the paper's, each with a function of the values that says
       "seen", "seen partly" or "not seen", and the numbers.
+    averaged: whether its rows are like things, of which a mean says something.
   """
 
   name: str
@@ -148,6 +149,7 @@ class Table(NamedTuple):
   columns: tuple[Column, ...]
   rows: tuple[Row, ...]
   statements: tuple[Statement, ...] = ()
+  averaged: bool = True
 
 
 class Figure(NamedTuple):
@@ -245,7 +247,9 @@ def mean(values: np.ndarray, column: int) -> float:
 
 
 def verdict(*conditions: bool) -> str:
-  """What a statement that is made of these comes to."""
+  """What a statement that is made of these comes to; ValueError of none."""
+  if not conditions:
+    raise ValueError("No result yet.")
   if all(conditions):
     return "seen"
   return "seen partly" if any(conditions) else "not seen"

@@ -200,9 +200,10 @@ def table(
       if count and expected is not None
       else ""
     )
-  rows.append(average)
-  if any(differences[1:]):
-    rows.append(differences)
+  if table.averaged:
+    rows.append(average)
+    if any(differences[1:]):
+      rows.append(differences)
   statements = _statements(table.statements, values, bool(records))
   notes = [
     f"Ours (the paper's), TA and AA in percent. {table.note}".strip(),
@@ -253,7 +254,9 @@ def table(
     },
     section,
     "  ".join(
-      f"{head} {text}" for head, text in zip(heads, average[1:], strict=True)
+      f"{head} {text}"
+      for head, text in zip(heads, average[1:], strict=True)
+      if table.averaged and text != _NONE
     ),
   )
 
@@ -441,10 +444,7 @@ def _mean_curve(
   runs: list[Record], phase: str, x: str, key: str
 ) -> tuple[list[float], np.ndarray]:
   """A curve averaged over seeds, in percent, where all of them have it."""
-  curves = [
-    {line[x]: line[key] for line in run.curve(phase) if line[x] is not None}
-    for run in runs
-  ]
+  curves = [{line[x]: line[key] for line in run.curve(phase)} for run in runs]
   shared = [place for place in curves[0] if all(place in c for c in curves)]
   return shared, np.array(
     [100 * np.mean([curve[place] for curve in curves]) for place in shared]
@@ -464,9 +464,7 @@ def _training(runs: Runs) -> figures.Figure:
   return drawn
 
 
-def _panels(
-  runs: Runs, phase: str, x: str, x_label: str, *, falling: bool
-) -> figures.Figure:
+def _panels(runs: Runs, phase: str, x: str, x_label: str) -> figures.Figure:
   drawn, grid = _axes(len(runs), min(2, len(runs)), x=x_label)
   for axes, (label, group) in zip(grid, runs.items(), strict=True):
     for key, name, colour in (
@@ -474,22 +472,23 @@ def _panels(
       (AA, "attack success (AA)", _COLOURS[1]),
     ):
       places, values = _mean_curve(group, phase, x, key)
+      if x == "delta":
+        places = report.delta_places(places)
       axes.plot(places, values, color=colour, label=name, linewidth=1.5)
     axes.set_title(label, fontsize=10)
     axes.set_ylim(-3, 103)
-    if falling:
-      axes.invert_xaxis()
+    if x == "delta":
+      report.name_delta_places(axes, places)
   grid[0].legend(frameon=False, fontsize=9)
   return drawn
 
 
 def _pruning(runs: Runs) -> figures.Figure:
-  return _panels(runs, "fp", "pruned_neurons", "neurons pruned", falling=False)
+  return _panels(runs, "fp", "pruned_neurons", "neurons pruned")
 
 
 def _delta(runs: Runs) -> figures.Figure:
-  label = "threshold Δ, standard deviations"
-  return _panels(runs, "all", "delta", label, falling=True)
+  return _panels(runs, "all", "delta", "threshold Δ, standard deviations")
 
 
 def _attackers(runs: Runs) -> figures.Figure:

@@ -172,16 +172,19 @@ def table_4(bases: Bases) -> Table:
   place = plan.places(columns)
 
   def better(values: np.ndarray) -> tuple[str, str]:
-    ours = plan.mean(values, place["All", "AA"])
-    theirs = {
-      kind: plan.mean(values, place[group, "AA"])
+    by_data_set = np.nanmean(values, axis=1)
+    known = by_data_set[~np.isnan(by_data_set).any(axis=1)]
+    ours = known[:, place["All", "AA"]]
+    counts = {
+      kind: int((ours < known[:, place[group, "AA"]]).sum())
       for kind, (group, _) in baselines.items()
-      if kind
+      if kind and len(known)
     }
     return (
-      plan.verdict(*(ours < value for value in theirs.values())),
-      f"AA of All {ours:.1f}; of Neural Cleanse: "
-      + ", ".join(f"{kind} {value:.1f}" for kind, value in theirs.items()),
+      plan.verdict(*(count == len(known) for count in counts.values())),
+      f"data sets, of {len(known)}, on which All leaves less AA than Neural"
+      " Cleanse: "
+      + ", ".join(f"by {kind} {count}" for kind, count in counts.items()),
     )
 
   rows = []
@@ -211,12 +214,14 @@ def table_4(bases: Bases) -> Table:
     "Table IV: comparison with Neural Cleanse",
     "Averages over the pairs of Tables I to III. Neural Cleanse by unlearning"
     " and by pruning, and Fine-Pruning, are deployable: they see the server's"
-    " own images alone. The paper's Neural Cleanse is the best of several runs"
+    " own images alone. The paper's numbers are over all of these pairs,"
+    " whichever ours are over. Its Neural Cleanse is the best of several runs"
     " by AA, with test images; it stands beside our oracle, which is told the"
     " target label too. s: seconds, compilation included where a run compiled.",
     tuple(columns),
     tuple(rows),
     (("Our method has better performance than Neural Cleanse.", better),),
+    averaged=False,
   )
 
 
@@ -358,4 +363,5 @@ def table_7(bases: Bases) -> Table:
       for pixels, numbers in paper.TABLE_7.items()
     ),
     (("Adjusting weights lowers AA further than pruning.", falls),),
+    averaged=False,
   )

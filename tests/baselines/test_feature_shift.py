@@ -167,16 +167,54 @@ def test_the_classifier_is_the_last_layer_of_as_many_as_classes():
     models.classifier_path(*_with_head(_Head(0, 11)))
 
 
-class _Named(nn.Module):
+class _Bottleneck(nn.Module):
+  """Flax numbers layers as they are made, not as they are used."""
+
   @nn.compact
   def __call__(self, x):
-    x = nn.Dense(10, name="hidden")(x.reshape(len(x), -1))
-    return nn.Dense(10, name="classifier")(x)
+    logits = nn.Dense(10)
+    return logits(nn.relu(nn.Dense(10)(x.reshape(len(x), -1))))
 
 
-def test_of_names_nobody_guesses():
-  with pytest.raises(errors.ConfigError, match="more than one linear layer"):
-    models.classifier_path(*_with_head(_Named()))
+class _Convolution(nn.Module):
+  """What gives the logits is no matrix."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(10)(x)
+    return nn.Conv(10, x.shape[1:3], padding="VALID")(x).reshape(len(x), -1)
+
+
+def test_the_classifier_is_known_by_what_it_does():
+  model, params = _with_head(_Bottleneck())
+  assert models.classifier_path(model, params) == ("Dense_0", "kernel")
+  assert params["head"]["Dense_0"]["kernel"].shape == (10, 10)
+  # Where attacks ask, there are shapes alone, and a trace.
+  paths = []
+
+  @jax.jit
+  def ask(params):
+    paths.append(models.classifier_path(model, params))
+    return 0
+
+  ask(params)
+  assert paths == [("Dense_0", "kernel")]
+  with pytest.raises(errors.ConfigError, match="has no linear layer"):
+    models.classifier_path(*_with_head(_Convolution()))
+
+
+@pytest.mark.parametrize("images, epochs", [(0, 3), (9, 0)])
+def test_a_new_layer_is_not_left_untaught(model, params, images, epochs):
+  with pytest.raises(errors.ConfigError, match="teach a new last layer"):
+    feature_shift.tune(
+      model,
+      params,
+      jnp.ones(model.neurons, bool),
+      *make_images(9)[:1],
+      np.zeros(images, int),
+      key=KEY,
+      epochs=epochs,
+    )
 
 
 def test_the_gradient_with_its_penalty_is_limited(model, params):

@@ -344,6 +344,19 @@ def test_no_images_are_refused():
     _reverse(images=IMAGES[:0])
 
 
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"targets": []}, "must be some of"),
+    ({"targets": [0, 10]}, "must be some of"),
+    ({"targets": [0, 1], "learning_rates": [0.1]}, "as many learning rates"),
+  ],
+)
+def test_targets_are_classes_with_a_rate_each(options, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    _reverse(**options)
+
+
 # --- outliers ----------------------------------------------------------------
 
 NORMS = hnp.arrays(

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from fljax import evaluate
+from fljax import federation as federations
 from fljax import models
+from fljax.cleanse import pipeline
 from fljax.cleanse import pruning
 from fljax.cleanse import reports
 
@@ -164,6 +166,27 @@ def test_clients_report_the_accuracies_of_their_own_data(model, params):
     )
     expected = pruning.pruning_curve(model, params, order, examples)
     np.testing.assert_allclose(curves[client], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rap", "mvp"])
+def test_a_client_without_samples_has_no_say(model, params, method):
+  federation, _ = make_federation()
+  asked = federations.select(federation, jnp.arange(2))
+  empty = federation.replace(mask=federation.mask.at[2:].set(False))
+  assert np.isnan(reports.client_activations(model, params, empty)[2:]).all()
+  orders = [
+    pipeline.prune(
+      model,
+      params,
+      reports.client_activations(model, params, clients),
+      pipeline.reported_curves(model, clients, trim=0.0).pruning,
+      method=method,
+      max_drop=1.0,
+    )
+    for clients in (empty, asked)
+  ]
+  chex.assert_trees_all_equal(*(one.order for one in orders))
+  np.testing.assert_allclose(*(one.accuracies for one in orders))
 
 
 @pytest.mark.parametrize("batch_size", [3, 10, 64])

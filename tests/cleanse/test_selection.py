@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from fljax import errors
 from fljax.cleanse import selection
 
 ACCURACIES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -81,6 +82,20 @@ def test_a_minority_of_liars_cannot_leave_the_honest_range(
   combined = selection.trimmed_mean(told, liars / len(told))
   assert (combined >= reports.min(axis=0) - 1e-12).all()
   assert (combined <= reports.max(axis=0) + 1e-12).all()
+
+
+@given(silent=st.integers(1, 5), seed=st.integers(0, 99))
+def test_clients_without_an_answer_do_not_count(silent, seed):
+  rng = np.random.default_rng(seed)
+  reports = rng.uniform(0, 1, (6, 4))
+  nothing = np.full((silent, 4), np.nan)
+  nothing[0, 1:] = rng.uniform(0, 1, 3)  # One answers in part.
+  together = rng.permutation(np.concatenate([reports, nothing]))
+  np.testing.assert_allclose(
+    selection.trimmed_mean(together, 0.2), selection.trimmed_mean(reports, 0.2)
+  )
+  with pytest.raises(errors.ConfigError, match="no client has a sample"):
+    selection.trimmed_mean(nothing, 0.2)
 
 
 def test_the_trimmed_mean_leaves_something_over():

@@ -239,6 +239,26 @@ def test_how_far_adjusting_goes_in_a_figure_is_not_decided_by_aa():
   assert verdict == "not seen" and "95.0 at Δ = 4" in told
 
 
+def test_a_statement_about_what_has_no_result_is_not_made():
+  record = make_record(training=(0.9, 0.5), fp=(0.9, 0.8), all=(0.95, 0.1))
+  few = {(label, "", 0): record for label in ("1", "2", "5")}
+  made = render.figure(figures.figure_8(BASES), few, {}, (0,), "command")
+  assert made.files and "seen" not in made.section
+  some = {(f"λ = {x:g}", "", 0): record for x in (0.01, 0.03)}
+  made = render.figure(figures.figure_10(BASES), some, {}, (0,), "command")
+  assert made.files and "seen" not in made.section
+
+
+def test_attacks_are_not_averaged():
+  table = discussion.discussion_3(BASES)
+  record = make_record(
+    fp=(0.9, 0.8), fp_aw=(0.9, 0.2), fp_ft=(0.95, 0.9), all=(0.95, 0.1)
+  )
+  records = {(row.label, "main", 0): record for row in table.rows}
+  text = rendered(records, seeds=(0,), table=table).files["discussion-3.md"]
+  assert "mean" not in text.decode() and text.count(b" 95.0 |") > 3
+
+
 def test_a_figure_without_results_says_so():
   made = render.figure(figures.figure_5(BASES), {}, {}, (0,), "command")
   assert not made.files and "No result yet." in made.section
