@@ -126,8 +126,9 @@ class Config:
   )
   trained_in: str = _setting(
     "",
-    "Workdir of a run whose settings are the same but for those of cleansing:"
-    " its trained model is taken over, and only cleansing is done.",
+    "Workdir of a run whose settings are the same but for those of cleansing,"
+    " or of a sweep that has one: its trained model is taken over, and only"
+    " cleansing is done.",
     identity=False,
     structure=False,
   )

@@ -166,7 +166,7 @@ class Workdir:
     Args:
       data_sha256: digest of the data; a run begun on other data is refused.
       trained_in: the folder of the run whose trained model will be taken over
-        (`adopt`), if there is one.
+        (`adopt`), or of a sweep with such a run, if there is one.
       training: the settings that the two must have in common.
 
     Raises:
@@ -182,26 +182,42 @@ class Workdir:
 
   def _trained(
     self, other: str, training: dict[str, Any], data_sha256: str
-  ) -> tuple[Path, Progress]:
-    """The checkpoint of another run's trained model, if it is the right one."""
+  ) -> tuple[Path, Path, Progress]:
+    """The run with the right trained model, and that model's checkpoint.
+
+    Of a sweep's folder it is the run that has these settings.
+    """
     source = Path(other).expanduser()
+    runs = [source]
     if not (source / CONFIG).exists():
+      runs = sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
+    if not runs:
       raise errors.WorkdirError(f"--trained_in={other} holds no run.")
     wanted = {**json.loads(json.dumps(training)), DATA_SHA256: data_sha256}
-    there = {**self._defaults, **self._read_json(source / CONFIG)}
-    if differences := _differences(
-      {key: there[key] for key in wanted if key in there}, wanted
-    ):
-      raise errors.WorkdirError(
-        f"--trained_in={other} holds a model that was trained otherwise"
-        f" ({differences})."
+    fitting, others = [], []
+    for run in runs:
+      there = {**self._defaults, **self._read_json(run / CONFIG)}
+      differences = _differences(
+        {key: there[key] for key in wanted if key in there}, wanted
       )
-    for _, path in list_checkpoints(source):
-      progress = read_progress(path)
-      if progress.complete and len(progress.phases) == 1:
-        return path, progress
+      if differences:
+        others.append(f"{differences}{'' if run == source else f' in {run}'}")
+      else:
+        fitting.append(run)
+    if not fitting:
+      what = "a model that was" if runs == [source] else "models that were"
+      raise errors.WorkdirError(
+        f"--trained_in={other} holds {what} trained otherwise"
+        f" ({min(others, key=len)})."
+      )
+    for run in fitting:
+      for _, path in list_checkpoints(run):
+        progress = read_progress(path)
+        if progress.complete and len(progress.phases) == 1:
+          return run, path, progress
     raise errors.WorkdirError(
-      f"the run in --trained_in={other} has not ended its training."
+      f"the run in --trained_in={fitting[0] if fitting != [source] else other}"
+      " has not ended its training."
     )
 
   def close(self) -> None:
@@ -422,7 +438,8 @@ class Workdir:
     """Takes over the trained model of another run, and its training's record.
 
     Args:
-      other: that run's folder; nothing is written there.
+      other: that run's folder, or that of a sweep which it is one of; nothing
+        is written there.
       training: the settings that the two must have in common.
       like: as in `restore`.
 
@@ -434,9 +451,8 @@ class Workdir:
         others, or its training has not ended.
       errors.CheckpointError: its checkpoint is damaged.
     """
-    source = Path(other).expanduser()
     data_sha256 = self._read_json(self.path / CONFIG)[DATA_SHA256]
-    path, progress = self._trained(other, training, data_sha256)
+    source, path, progress = self._trained(other, training, data_sha256)
     state = read_checkpoint(path, like)
     lines = _first_lines(
       source / METRICS, progress.metrics_lines, progress.metrics_sha256

@@ -512,7 +512,8 @@ def test_a_trained_model_of_something_else_is_refused(config, tmp_path):
     experiment.run(_with(taking, seed=1), quiet=True)
   # The folder is still free for the same command, mended.
   with pytest.raises(errors.WorkdirError, match="holds no run"):
-    experiment.run(_with(taking, trained_in=str(tmp_path)), quiet=True)
+    nothing = str(tmp_path / "nothing")
+    experiment.run(_with(taking, trained_in=nothing), quiet=True)
   for checkpoint in (Path(config.workdir) / "checkpoints").iterdir():
     shutil.rmtree(checkpoint)
   with pytest.raises(errors.WorkdirError, match="not ended its training"):

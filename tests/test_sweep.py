@@ -466,6 +466,27 @@ def test_a_trained_model_that_fits_one_of_them_begins_none(folder):
   assert {path.name for path in left} <= {".lock", "config.json"}
 
 
+def test_a_sweep_takes_over_what_another_has_trained(folder):
+  trained = _config(folder, "before", rounds=1)
+  sweep.run(sweep.expand(trained, "pairs=2:0,2:1"), quiet=True)
+  taking = _config(folder, "after", rounds=1, trained_in=trained.workdir)
+  found = sweep.expand(taking, "cleanse=aw,fp;pairs=2:1,2:0")
+  assert not sweep.run(found, quiet=True).failed
+  for config in found.values():
+    left = Path(config.workdir) / "results.json"
+    pair = f"{config.victim_label}-{config.target_label}"
+    before = Path(trained.workdir) / pair / "results.json"
+    first, second = (
+      json.loads(path.read_text())["phases"][0] for path in (before, left)
+    )
+    assert first == second
+  other = sweep.expand(
+    _config(folder, "third", rounds=1, trained_in=trained.workdir), "seed=1"
+  )
+  with pytest.raises(errors.WorkdirError, match=r"models that were trained"):
+    sweep.run(other, quiet=True)
+
+
 def test_one_that_diverges_does_not_stop_the_others(
   folder, single, monkeypatch
 ):
