@@ -31,6 +31,8 @@ RETURNING = ("ft", "aw")
 # Defences to compare with; the server uses its own validation images.
 # The last one is no defence: it sees test images and AA.
 BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "fst", "nc-oracle")
+# Those of them that train on these images.
+TRAINING_BASELINES = ("nc-unlearn", "fine-pruning", "fst")
 # A value of --pruning that needs no report.
 GAIN = "gain"
 _LARGEST = 2**31 - 1
@@ -540,6 +542,16 @@ class Config:
     10,
     "Passes over the server's images in Fine-Pruning's tuning and fst.",
     low=1,
+    cleansing=True,
+  )
+  server_holdout: float = _setting(
+    0.2,
+    "Share of the server's images that nc-unlearn, fine-pruning and fst leave"
+    " out of their training where fp, ft or aw comes after them; those then"
+    " decide by the accuracy on that share alone. 0: all train, and all decide"
+    " what they were trained on.",
+    low=0,
+    high=0.9,
     cleansing=True,
   )
   fst_weight: float = _setting(

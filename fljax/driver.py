@@ -129,6 +129,8 @@ class Driver:
     self.state: Any = None
     self.seconds = 0.0
     self.phases: list[dict[str, Any]] = []
+    # The server's images that decide in the phase in progress.
+    self._deciding: evaluate.Examples | None = None
     # The model that Neural Cleanse looked at last, what it found, in seconds.
     self._found: tuple[Any, phases.Suspects, float] | None = None
 
@@ -370,10 +372,11 @@ class Driver:
   def _phase(self, name: str, kind: str, state: Any) -> Any:
     started = time.perf_counter()
     run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
+    self._deciding, teaching = self._server_images(name)
     if kind in run_phase:
       state, facts, curve = run_phase[kind](name, state)
     else:
-      state, facts, curve = self._mitigate(name, kind, state)
+      state, facts, curve = self._mitigate(name, kind, state, teaching)
     jax.block_until_ready(state)
     self.console.stop()
     # What another phase found for this one counts as if it had been done here.
@@ -385,10 +388,36 @@ class Driver:
       self.workdir.log(phase=name, **line)
     return state
 
+  def _server_images(
+    self, name: str
+  ) -> tuple[evaluate.Examples | None, evaluate.Examples | None]:
+    """The server's images that decide in a phase, and those it may train on.
+
+    Accuracy on images that a model was trained on says little: in a chain, the
+    server's own training leaves some for the phases after it to decide by.
+    """
+    everything = self.experiment.validation
+    chain, done = self.config.phases, len(name.split("+"))
+    trains = [kind in configs.TRAINING_BASELINES for kind in chain]
+    if (
+      everything is None
+      or not self.config.server_holdout
+      or all(kind in configs.BASELINES for kind in chain)
+    ):
+      return everything, everything
+    left, taught = phases.set_aside(
+      everything, self.config.server_holdout, self.config.seed
+    )
+    decided_later = any(kind in configs.PHASES for kind in chain[done:])
+    return (
+      left if any(trains[: done - 1]) else everything,
+      taught if decided_later else everything,
+    )
+
   def _curves(self) -> pipeline.Curves:
     experiment = self.experiment
-    if experiment.validation is not None:
-      return pipeline.validation_curves(experiment.model, experiment.validation)
+    if self._deciding is not None:
+      return pipeline.validation_curves(experiment.model, self._deciding)
     return pipeline.reported_curves(
       experiment.model,
       experiment.federation,
@@ -432,7 +461,7 @@ class Driver:
         model,
         state.params,
         # For the record; clients are not asked for that.
-        accuracies if self.experiment.validation is not None else None,
+        accuracies if self._deciding is not None else None,
         neuron_mask=state.neuron_mask,
         threshold=config.pruning_outlier,
       )
@@ -519,6 +548,9 @@ class Driver:
         self._check_stop()
 
     self.console.start(name, config.fine_tune_rounds, 0)
+    examples = experiment.examples
+    if self._deciding is not None:
+      examples = {**examples, "validation": self._deciding}
     tuned = pipeline.fine_tune(
       experiment.tuning_block,
       state,
@@ -527,7 +559,7 @@ class Driver:
       rounds=config.fine_tune_rounds,
       patience=config.fine_tune_patience,
       enough=self._enough(),
-      examples=experiment.examples,
+      examples=examples,
       on_round=tell,
     )
     if tuned.bad_round:
@@ -604,7 +636,11 @@ class Driver:
     return state.replace(params=adjusted.params), facts, curve
 
   def _mitigate(
-    self, name: str, kind: str, state: Any
+    self,
+    name: str,
+    kind: str,
+    state: Any,
+    validation: evaluate.Examples | None,
   ) -> tuple[Any, dict[str, Any], Any]:
     """A baseline; it has no curve.
 
@@ -643,30 +679,30 @@ class Driver:
         )
       mitigated.facts["seconds_before"] = memory.before
     elif kind == "fine-pruning":
-      assert experiment.validation is not None
+      assert validation is not None
       mitigated = phases.prune_and_tune(
         *subject,
         state.neuron_mask,
-        experiment.validation,
+        validation,
         max_drop=config.pruning_drop,
         **longer,
       )
     elif kind == "fst":
-      assert experiment.validation is not None
+      assert validation is not None
       mitigated = phases.shift_features(
         *subject,
         state.neuron_mask,
-        experiment.validation,
+        validation,
         weight=config.fst_weight,
         **longer,
       )
     else:
-      assert experiment.validation is not None
+      assert validation is not None
       suspects, before = self._suspects(name, state, key=tuning["key"])
       mitigated = phases.cleanse(
         *subject,
         state.neuron_mask,
-        experiment.validation,
+        validation,
         suspects,
         by=kind.removeprefix("nc-"),
         max_drop=config.pruning_drop,

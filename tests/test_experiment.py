@@ -199,6 +199,49 @@ def test_what_is_enough_is_relative_to_the_trained_model(
   assert asked == [pytest.approx(trained["accuracy"] - 0.01)] * len(asked)
 
 
+@pytest.mark.parametrize("holdout", [0.25, 0.0])
+def test_what_the_server_trains_on_does_not_decide_afterwards(
+  config, holdout, monkeypatch
+):
+  seen = {}
+  for module, name in (
+    (phases, "shift_features"),
+    (pipeline, "validation_curves"),
+    (pipeline, "fine_tune"),
+  ):
+    whole = getattr(module, name)
+
+    def spied(*arguments, name=name, whole=whole, **options):
+      images = options["examples"] if "examples" in options else arguments[-1]
+      images = images["validation"] if isinstance(images, dict) else images
+      seen.setdefault(name, []).append(np.asarray(images.mask).sum())
+      return whole(*arguments, **options)
+
+    monkeypatch.setattr(module, name, spied)
+  own = config.validation_size
+  config = _with(
+    config,
+    cleanse="fp,fst,ft,aw",
+    server_holdout=holdout,
+    server_epochs=1,
+    rounds=1,
+    fine_tune_rounds=1,
+  )
+  experiment.run(config, quiet=True)
+  left = round(holdout * own) or own
+  assert seen == {
+    # Before the server has trained, everything decides.
+    "validation_curves": [own, left],
+    "shift_features": [own - left or own],
+    "fine_tune": [left],
+  }
+  alone = _with(
+    config, workdir=config.workdir + "-alone", cleanse="fst,fine-pruning"
+  )
+  experiment.run(alone, quiet=True)
+  assert seen["shift_features"][1:] == [own]
+
+
 def test_fine_tuning_may_aggregate_in_its_own_way(config):
   config = _with(config, rounds=2, cleanse="ft", fine_tune_rounds=1)
   plain = experiment.setup(config)

@@ -61,6 +61,32 @@ def server_images(
   return whole.images[whole.mask], whole.labels[whole.mask]
 
 
+def set_aside(
+  examples: evaluate.Examples, share: float, seed: int
+) -> tuple[evaluate.Examples, evaluate.Examples]:
+  """Sets a part of the server's images aside, chosen at random.
+
+  Both parts keep all batches, and so their shape.
+
+  Args:
+    examples: at least two that count.
+    share: of those that count, set aside; at least one, and not all.
+    seed: of the choice.
+
+  Returns:
+    What is set aside, and the rest.
+  """
+  counted = np.flatnonzero(parallel.on_host(examples.mask))
+  order = np.random.default_rng(seed).permutation(counted)
+  first = min(max(round(share * len(order)), 1), len(order) - 1)
+  chosen = np.zeros(examples.mask.shape, bool)
+  chosen.ravel()[order[:first]] = True
+  return (
+    examples.replace(mask=examples.mask & chosen),
+    examples.replace(mask=examples.mask & ~chosen),
+  )
+
+
 class Suspects(NamedTuple):
   """What Neural Cleanse found in a model.
 

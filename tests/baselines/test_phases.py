@@ -1,5 +1,8 @@
+import chex
 from conftest import TARGET
 from conftest import make_images
+from hypothesis import given
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +55,20 @@ def test_images_come_out_of_their_batches():
   images, labels = phases.server_images(CLEAN)
   np.testing.assert_array_equal(images, IMAGES)
   np.testing.assert_array_equal(labels, LABELS)
+
+
+@given(number=st.integers(2, 40), share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_what_is_set_aside_and_the_rest_are_all(number, share, seed):
+  examples = evaluate.batched(*make_images(number), batch_size=7)
+  parts = phases.set_aside(examples, share, seed)
+  masks = [np.asarray(part.mask) for part in parts]
+  assert not (masks[0] & masks[1]).any()
+  np.testing.assert_array_equal(masks[0] | masks[1], examples.mask)
+  assert min(mask.sum() for mask in masks) >= 1
+  assert abs(masks[0].sum() - share * number) <= 1
+  chex.assert_trees_all_equal(
+    phases.set_aside(examples, share, seed)[0].mask, parts[0].mask
+  )
 
 
 @pytest.mark.parametrize("by", ["prune", "unlearn"])
