@@ -16,7 +16,8 @@ at one place instead, where this finds them; who limits that too escapes again.
 
 Or the server trains alone, on images of its own (`baselines.feature_shift`), so
 that it does not matter how many clients attack then; attackers may have had it
-in mind in training.
+in mind in training. With few images that costs accuracy, which all clients can
+bring back by a trimmed mean: what the server has unlearned, they do not teach.
 """
 
 from __future__ import annotations
@@ -399,4 +400,83 @@ def beyond_7(bases: Bases) -> Table:
       ),
     ),
     averaged=False,
+  )
+
+
+_FEW = 500
+_BY_MEAN = ("FST+FT, mean", "fst+ft")
+_BY_TRIMMED = ("FST+FT, trimmed", "fst+ft")
+_FEW_COLUMNS = (
+  *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
+  *plan.accuracies(_UNPRUNED, variant="unpruned"),
+  *plan.accuracies(_TUNED, variant="fst"),
+  *plan.accuracies(_BY_MEAN, variant="mean"),
+  *plan.accuracies(_BY_TRIMMED, variant="trimmed"),
+)
+
+
+def beyond_8(bases: Bases) -> Table:
+  """MNIST: a server with few images, then all clients."""
+  base = plan.changed(bases["mnist"], validation_size=_FEW)
+  place = plan.places(_FEW_COLUMNS)
+
+  def cells(config: Config) -> dict[str, Cell]:
+    server = plan.changed(config, server_learning_rate=0.2, server_epochs=20)
+    tuned = plan.changed(
+      server,
+      cleanse="fst,ft",
+      fine_tune_rounds=20,
+      fine_tune_patience=0,
+      fine_tune_learning_rate=0.05,
+    )
+    return {
+      "paper": Cell(config),
+      "unpruned": _cells(config)["unpruned"],
+      "fst": Cell(plan.changed(server, cleanse="fst")),
+      "mean": Cell(tuned),
+      "trimmed": Cell(
+        plan.changed(tuned, fine_tune_aggregation="trimmed_mean")
+      ),
+    }
+
+  def better(values: np.ndarray) -> tuple[str, str]:
+    ends = {
+      group: [plan.mean(values, place[group, key]) for key in ("TA", "AA")]
+      for group, _ in (plan.ALL, _UNPRUNED, _TUNED, _BY_MEAN, _BY_TRIMMED)
+    }
+    both, tuned = ends[_BY_TRIMMED[0]], ends[_TUNED[0]]
+    return (
+      plan.verdict(both[0] >= tuned[0] + 1, both[1] <= tuned[1] + 1),
+      ", ".join(f"{k} {ta:.1f}/{aa:.1f}" for k, (ta, aa) in ends.items()),
+    )
+
+  return Table(
+    "beyond-8",
+    f"Beyond the paper: a server with {_FEW} images, then all clients, MNIST",
+    f"The server has {_FEW} images instead of 5,000. All: the paper's process,"
+    " which goes by accuracies on them. AW+FT, trimmed: adjusting to 5 points"
+    " below, then fine-tuning by a trimmed mean. FST: Feature Shift Tuning on"
+    " all of them, as with 5,000. FST+FT: on four fifths, then 20 rounds of"
+    " fine-tuning with everybody, attackers included, at a quarter of"
+    " training's rate, by the mean or by the trimmed mean; the best round by"
+    " the remaining fifth is kept. Rate and rounds were chosen on calibration"
+    " seeds with AA on the screen. Published numbers are those of the paper's"
+    " process.",
+    _FEW_COLUMNS,
+    tuple(
+      Row(
+        plan.arrow(pair),
+        cells(plan.of_pair(base, pair)),
+        (*numbers[:2], *numbers[-2:], *(None,) * 8),
+      )
+      for pair, numbers in paper.TABLE_1.items()
+    ),
+    (
+      (
+        "Fine-tuning by a trimmed mean brings back accuracy that Feature Shift"
+        " Tuning on few images costs, a point or more, and not the backdoor, a"
+        " point at most.",
+        better,
+      ),
+    ),
   )
