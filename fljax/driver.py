@@ -402,6 +402,7 @@ class Driver:
     if (
       everything is None
       or not self.config.server_holdout
+      or not any(trains)
       or all(kind in configs.BASELINES for kind in chain)
     ):
       return everything, everything
