@@ -692,6 +692,18 @@ class Config:
         f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
+    trains = [phase in TRAINING_BASELINES for phase in self.phases]
+    decides = [phase in PHASES for phase in self.phases]
+    if (
+      any(trains)
+      and any(decides[trains.index(True) :])
+      and self.server_holdout
+      and self.validation_size < 2
+    ):
+      raise errors.ConfigError(
+        f"--cleanse={self.cleanse}: of one image none can be left out of the"
+        " server's training (--server_holdout): raise --validation_size."
+      )
     if -1 < self.fine_tune_drop < 0:
       raise errors.ConfigError(
         f"--fine_tune_drop={self.fine_tune_drop:g} is out of range: it must be"

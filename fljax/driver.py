@@ -49,6 +49,9 @@ Config = configs.Config
 TRAINING = "training"
 # Of a search: the accuracy, as it sees it, of the model that it began with.
 ACCURACY_BEFORE = "accuracy_before"
+# Of the trained model, where fine-tuning may end at what it had: on all of the
+# server's images, and on those that its own training leaves out.
+_ACCURACY, _LEFT = "accuracy", "accuracy_left_out"
 # How much of a search is lost by `kill -9`.
 _SECONDS_BETWEEN_KEEPING = 60
 
@@ -136,13 +139,18 @@ class Driver:
 
   # --- the course of the run -------------------------------------------------
 
+  def check(self) -> None:
+    """Refuses what `claim` refuses, and writes nothing."""
+    self.workdir.check(*self._claimed())
+
   def claim(self) -> None:
     """Makes the folder this run's; see `Workdir.claim`."""
-    self.workdir.claim(
-      self.experiment.data_sha256,
-      self.config.trained_in,
-      self.config.training(),
-    )
+    self.workdir.claim(*self._claimed())
+
+  def _claimed(self) -> tuple[str, str, dict[str, Any]]:
+    config = self.config
+    sha256 = self.experiment.data_sha256
+    return sha256, config.trained_in, config.training()
 
   def restore(self) -> None:
     """Takes up the newest checkpoint of a claimed folder, or begins."""
@@ -180,7 +188,8 @@ class Driver:
         self._train()
       if self.config.fine_tune_drop >= 0 and len(self.phases) == 1:
         # What `_enough` is relative to, before any phase changes the model.
-        self.phases[0]["accuracy"] = self._validation_accuracy()
+        for key, examples in self._measured_before().items():
+          self.phases[0][key] = self._validation_accuracy(examples)
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in course(self.config.phases):
         if name not in done:
@@ -195,7 +204,7 @@ class Driver:
       self._found = None
     results = {
       "config": self.config.identity(),
-      "environment": environment(),
+      "environment": environment(self.experiment.mesh),
       "phases": self.phases,
       "seed": self.config.seed,
     }
@@ -566,7 +575,8 @@ class Driver:
     if tuned.bad_round:
       raise errors.DivergedError(
         f"fine-tuning became not finite in its round {tuned.rounds}: lower"
-        " --learning_rate or --fine_tune_gamma, or limit gradients by"
+        " --fine_tune_learning_rate or --fine_tune_gamma in another --workdir,"
+        " with --trained_in=this one, or limit gradients by"
         " --gradient_clip=1. The last good checkpoint, of"
         f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
       )
@@ -576,17 +586,29 @@ class Driver:
   def _enough(self) -> float | None:
     """With what accuracy fine-tuning is done, if that was asked for."""
     drop = self.config.fine_tune_drop
-    return None if drop < 0 else float(self.phases[0]["accuracy"]) - drop
+    if drop < 0:
+      return None
+    # Of the images that decide now.
+    left = self._deciding is not self.experiment.validation
+    trained = self.phases[0][_LEFT if left else _ACCURACY]
+    return float(trained) - drop
 
-  def _validation_accuracy(self) -> float:
-    """That of the state, on the server's images."""
-    experiment = self.experiment
-    assert experiment.validation is not None
-    return float(
-      evaluate.measure(
-        experiment.model, self.state.params, experiment.validation
-      )
-    )
+  def _measured_before(self) -> dict[str, evaluate.Examples]:
+    """What fine-tuning may decide by, by what the trained model's is called."""
+    everything = self.experiment.validation
+    assert everything is not None
+    found = {_ACCURACY: everything}
+    for name, kind, _ in course(self.config.phases):
+      if kind == "ft":
+        deciding, _ = self._server_images(name)
+        if deciding is not None and deciding is not everything:
+          found[_LEFT] = deciding
+    return found
+
+  def _validation_accuracy(self, examples: evaluate.Examples) -> float:
+    """That of the state, on images of the server's."""
+    model = self.experiment.model
+    return float(evaluate.measure(model, self.state.params, examples))
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
     """Adjusting extreme weights (AW)."""
@@ -869,6 +891,8 @@ def write_report(
     workdir: its folder.
     dataset: its data; None loads it if need be.
   """
+  # An earlier version's results lack what it did not have.
+  results = {**results, "config": {**config.defaults(), **results["config"]}}
 
   def write(workdir: workdirs.Workdir) -> None:
     if (workdir.path / workdirs.REPORT).exists():
@@ -928,8 +952,8 @@ def _processor() -> str:
   return platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, Any]:
-  """What the run ran on."""
+def environment(mesh: parallel.Mesh | None) -> dict[str, Any]:
+  """What the run ran on; the mesh says on how many of the devices."""
   return {
     "fljax": fljax.__version__,
     "python": platform.python_version(),
@@ -940,6 +964,6 @@ def environment() -> dict[str, Any]:
     "platform": platform.platform(),
     "processor": _processor(),
     "backend": jax.default_backend(),
-    "devices": jax.device_count(),
+    "devices": 1 if mesh is None else mesh.size,
     "device_kind": jax.devices()[0].device_kind,
   }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import os
+from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
@@ -473,12 +474,43 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
   ) as workdir:
     results = workdir.results()
     if results is not None:
+      check_finished(workdir, digest_now(config))
       console.say(f"{workdir.path} is complete; nothing is left to do.")
       driving.write_report(config, results, workdir)
       return results
     console.say(consoles.header(config))
     with driving.Stop.on_signals() as stop:
       return drive(setup(config), workdir, console, stop)
+
+
+def digest_now(config: Config) -> str | None:
+  """The digest of a user's own data as it is now; None if it is gone.
+
+  Also None of data sets that have a name, of which there is but one.
+  """
+  if not config.dataset.endswith(".npz"):
+    return None
+  try:
+    return data.digest(data.load(config.dataset))
+  except errors.DataError:
+    # Results are still there when the data is not.
+    return None
+
+
+def check_finished(
+  workdir: workdirs.Workdir | workdirs.Shared, data_sha256: str | None
+) -> None:
+  """Refuses a finished run of other data than there is now.
+
+  Args:
+    workdir: its folder.
+    data_sha256: of the data; None is not compared.
+
+  Raises:
+    errors.WorkdirError: they differ.
+  """
+  if data_sha256 is not None:
+    workdir.check(data_sha256)
 
 
 def drive(
@@ -536,5 +568,5 @@ def use_compilation_cache(config: Config) -> None:
   programs.keep(
     data.cache_dir() / "programs"
     if config.compilation_cache == "default"
-    else config.compilation_cache
+    else Path(config.compilation_cache).expanduser()
   )

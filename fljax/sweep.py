@@ -598,7 +598,6 @@ def _drivers(
     found = folders[name].results()
     if found is not None:
       results[name] = found
-      driving.write_report(config, found, folders[name])
       continue
     try:
       experiment = experiments.setup(config, like=like)
@@ -606,6 +605,13 @@ def _drivers(
       raise errors.ConfigError(f"{name}: {error}") from error
     like = like or experiment
     ready[name] = _to_host(experiment)
+  if results:
+    first = next(iter(sweep.values()))
+    now = like.data_sha256 if like else experiments.digest_now(first)
+    for name in results:
+      experiments.check_finished(folders[name], now)
+  for name, found in results.items():
+    driving.write_report(sweep[name], found, folders[name])
   drivers = {}
   for name, experiment in ready.items():
     drivers[name] = driving.Driver(
@@ -614,6 +620,8 @@ def _drivers(
       consoles.Console(quiet=quiet, prefix=f"{name} "),
       stop,
     )
+  for driver in drivers.values():
+    driver.check()
   for driver in drivers.values():
     driver.claim()
   for driver in drivers.values():

@@ -173,12 +173,20 @@ class Workdir:
       errors.WorkdirError: the folder's run has other data, the other run's
         model cannot be taken over, or the folder cannot be written.
     """
-    identity = {**self._identity, DATA_SHA256: data_sha256}
-    self._compare(identity)
+    self.check(data_sha256, trained_in, training)
     if not (self.path / CONFIG).exists():
-      if trained_in:
-        self._trained(trained_in, training or {}, data_sha256)
-      self.write_json(CONFIG, identity)
+      self.write_json(CONFIG, {**self._identity, DATA_SHA256: data_sha256})
+
+  def check(
+    self,
+    data_sha256: str,
+    trained_in: str = "",
+    training: dict[str, Any] | None = None,
+  ) -> None:
+    """Refuses what `claim` refuses, and writes nothing."""
+    self._compare({**self._identity, DATA_SHA256: data_sha256})
+    if trained_in and not (self.path / CONFIG).exists():
+      self._trained(trained_in, training or {}, data_sha256)
 
   def _trained(
     self, other: str, training: dict[str, Any], data_sha256: str
@@ -474,7 +482,10 @@ class Workdir:
 
   @staticmethod
   def _is_partial(path: Path) -> bool:
-    return not read_progress(path).complete
+    # What is damaged stays where it is, and stops nobody who does not need it.
+    with contextlib.suppress(errors.CheckpointError):
+      return not read_progress(path).complete
+    return False
 
 
 class Shared:
@@ -516,6 +527,17 @@ class Shared:
     """See `Workdir.claim`."""
     parallel.on_first(
       lambda: self._own.claim(data_sha256, trained_in, training)
+    )
+
+  def check(
+    self,
+    data_sha256: str,
+    trained_in: str = "",
+    training: dict[str, Any] | None = None,
+  ) -> None:
+    """See `Workdir.check`."""
+    parallel.on_first(
+      lambda: self._own.check(data_sha256, trained_in, training)
     )
 
   def results(self) -> dict[str, Any] | None:

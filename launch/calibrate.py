@@ -253,6 +253,9 @@ def main(arguments: Sequence[str]) -> int:
   try:
     if flags.FLAGS.sweep:
       raise errors.ConfigError("--sweep is launch/main.py's: give --variant.")
+    for name, instead in (("seed", "--seeds"), ("trained_in", "--store")):
+      if flags.FLAGS[name].present:
+        raise errors.ConfigError(f"--{name} is launch/main.py's: {instead}.")
     base = configs.from_flags()
     experiment.use_devices(base)
     experiment.use_compilation_cache(base)

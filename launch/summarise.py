@@ -16,7 +16,9 @@ def main(folders: list[str]) -> int:
     path = Path(folder) / "results.json"
     try:
       runs.append(json.loads(path.read_text(encoding="utf-8")))
-      runs[-1]["phases"], runs[-1]["seed"]
+      runs[-1]["seed"], dict(runs[-1]["config"])
+      for phase in runs[-1]["phases"]:
+        phase["name"], phase["test_accuracy"], phase["seconds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
       print(f"fljax: {path} cannot be read ({error!r}).", file=sys.stderr)
       return 2
@@ -27,7 +29,7 @@ def main(folders: list[str]) -> int:
   ]
   if any(setting != settings[0] for setting in settings):
     print("these runs differ in more than their seed:", file=sys.stderr)
-    for key in sorted(settings[0]):
+    for key in sorted({key for setting in settings for key in setting}):
       values = {str(setting.get(key)) for setting in settings}
       if len(values) > 1:
         print(f"  {key}: {', '.join(sorted(values))}", file=sys.stderr)

@@ -101,6 +101,8 @@ def test_where_nobody_attacks_there_is_no_aa(tmp_path):
     (["--variant=gamma=0.1"], "--gamma=0.1 is out of range"),
     (["--pairs=9"], "'9' is no value of pairs"),
     (["--sweep=seed=0,1"], "--sweep is launch/main.py's"),
+    (["--seed=105"], "--seed is launch/main.py's: --seeds"),
+    (["--trained_in=runs/x"], "--trained_in is launch/main.py's"),
     (["variant"], "unexpected argument 'variant'"),
   ],
   ids=lambda value: str(value) if isinstance(value, list) else "",

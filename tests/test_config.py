@@ -84,6 +84,7 @@ def test_every_range_is_checked(field):
     ({"fine_tune_gamma": 20.5, "server_rate": 0.5}, "γ goes from 1 to 20"),
     ({"fine_tune_drop": 0.1, "validation_size": 0}, "server's own"),
     ({"fine_tune_drop": -0.01}, "-1, or from 0 to 1"),
+    ({"cleanse": "fst,aw", "validation_size": 1}, "raise --validation_size"),
     ({"cleanse": "fp,fp"}, "only ft and aw may come again"),
     ({"cleanse": "fp,ft,fp"}, "only ft and aw may come again"),
     ({"cleanse": "fp,aw,aw"}, "after another phase"),

@@ -463,7 +463,28 @@ def test_a_trained_model_that_fits_one_of_them_begins_none(folder):
   with pytest.raises(errors.WorkdirError, match="seed: 0 there, 1 here"):
     sweep.run(sweep.expand(taking, "seed=0,1"), quiet=True)
   left = [path for path in Path(taking.workdir).rglob("*") if path.is_file()]
-  assert {path.name for path in left} <= {".lock", "config.json"}
+  # The folders are free for the same command, mended.
+  assert {path.name for path in left} <= {".lock"}
+
+
+def test_finished_runs_of_other_data_are_not_averaged_with(folder):
+  rows = np.load(folder / "rows.npz")
+  own = folder / "changing.npz"
+  np.savez(own, **rows)
+  config = _config(folder, "finished", rounds=1, dataset=str(own))
+  sweep.run(sweep.expand(config, "seed=0"), quiet=True)
+  changed = {**rows}
+  images = next(key for key in changed if "images" in key)
+  changed[images] = changed[images][::-1]
+  np.savez(own, **changed)
+  for seeds in ("0", "0,1"):
+    with pytest.raises(errors.WorkdirError, match=r"seed=0.*data_sha256"):
+      sweep.run(sweep.expand(config, f"seed={seeds}"), quiet=True)
+  alone = sweep.expand(config, "seed=0")["seed=0"]
+  with pytest.raises(errors.WorkdirError, match="data_sha256"):
+    experiment.run(alone, quiet=True)
+  own.unlink()  # Results outlive their data.
+  assert experiment.run(alone, quiet=True)["phases"]
 
 
 def test_a_sweep_takes_over_what_another_has_trained(folder):
