@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import os
@@ -486,15 +487,20 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
 def digest_now(config: Config) -> str | None:
   """The digest of a user's own data as it is now; None if it is gone.
 
-  Also None of data sets that have a name, of which there is but one.
+  Also None of data sets that have a name, of which there is but one. Of
+  several processes the first looks, so that all go on alike.
   """
-  if not config.dataset.endswith(".npz"):
-    return None
-  try:
-    return data.digest(data.load(config.dataset))
-  except errors.DataError:
+
+  def look() -> str | None:
+    if not config.dataset.endswith(".npz"):
+      return None
     # Results are still there when the data is not.
+    with contextlib.suppress(errors.DataError):
+      return data.digest(data.load(config.dataset))
     return None
+
+  found: str | None = parallel.on_first(look)
+  return found
 
 
 def check_finished(
