@@ -692,14 +692,7 @@ class Config:
         f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
-    trains = [phase in TRAINING_BASELINES for phase in self.phases]
-    decides = [phase in PHASES for phase in self.phases]
-    if (
-      any(trains)
-      and any(decides[trains.index(True) :])
-      and self.server_holdout
-      and self.validation_size < 2
-    ):
+    if self.holds_out and self.validation_size < 2:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse}: of one image none can be left out of the"
         " server's training (--server_holdout): raise --validation_size."
@@ -777,6 +770,14 @@ class Config:
   def phases(self) -> tuple[str, ...]:
     """The phases of cleansing, in order."""
     return tuple(p.strip() for p in self.cleanse.split(",") if p.strip())
+
+  @property
+  def holds_out(self) -> bool:
+    """Whether the server's own training leaves images for phases after it."""
+    trains = [phase in TRAINING_BASELINES for phase in self.phases]
+    if not self.server_holdout or not any(trains):
+      return False
+    return bool({*self.phases[trains.index(True) :]} & {*PHASES})
 
   def identity(self) -> dict[str, Any]:
     """The settings that make this experiment what it is."""

@@ -405,23 +405,17 @@ class Driver:
     Accuracy on images that a model was trained on says little: in a chain, the
     server's own training leaves some for the phases after it to decide by.
     """
-    everything = self.experiment.validation
-    chain, done = self.config.phases, len(name.split("+"))
-    trains = [kind in configs.TRAINING_BASELINES for kind in chain]
-    if (
-      everything is None
-      or not self.config.server_holdout
-      or not any(trains)
-      or all(kind in configs.BASELINES for kind in chain)
-    ):
+    everything, config = self.experiment.validation, self.config
+    if everything is None or not config.holds_out:
       return everything, everything
     left, taught = phases.set_aside(
-      everything, self.config.server_holdout, self.config.seed
+      everything, config.server_holdout, config.seed
     )
-    decided_later = any(kind in configs.PHASES for kind in chain[done:])
+    *before, _ = name.split("+")
+    after = config.phases[len(before) + 1 :]
     return (
-      left if any(trains[: done - 1]) else everything,
-      taught if decided_later else everything,
+      left if {*before} & {*configs.TRAINING_BASELINES} else everything,
+      taught if {*after} & {*configs.PHASES} else everything,
     )
 
   def _curves(self) -> pipeline.Curves:

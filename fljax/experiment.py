@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 import contextlib
 import dataclasses
 import functools
@@ -475,7 +476,7 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
   ) as workdir:
     results = workdir.results()
     if results is not None:
-      check_finished(workdir, digest_now(config))
+      check_finished([workdir], config)
       console.say(f"{workdir.path} is complete; nothing is left to do.")
       driving.write_report(config, results, workdir)
       return results
@@ -484,39 +485,35 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
       return drive(setup(config), workdir, console, stop)
 
 
-def digest_now(config: Config) -> str | None:
-  """The digest of a user's own data as it is now; None if it is gone.
+def check_finished(
+  folders: Iterable[workdirs.Workdir | workdirs.Shared],
+  config: Config,
+  data_sha256: str | None = None,
+) -> None:
+  """Refuses finished runs of other data than there is now.
 
-  Also None of data sets that have a name, of which there is but one. Of
-  several processes the first looks, so that all go on alike.
+  Args:
+    folders: theirs.
+    config: names the data set.
+    data_sha256: its digest, if that is known. Otherwise it is looked at if it
+      is a user's own and still there: of those that have a name there is but
+      one, and results outlive their data.
+
+  Raises:
+    errors.WorkdirError: a run has other data.
   """
 
   def look() -> str | None:
-    if not config.dataset.endswith(".npz"):
-      return None
-    # Results are still there when the data is not.
-    with contextlib.suppress(errors.DataError):
-      return data.digest(data.load(config.dataset))
+    if config.dataset.endswith(".npz"):
+      with contextlib.suppress(errors.DataError):
+        return data.digest(data.load(config.dataset))
     return None
 
-  found: str | None = parallel.on_first(look)
-  return found
-
-
-def check_finished(
-  workdir: workdirs.Workdir | workdirs.Shared, data_sha256: str | None
-) -> None:
-  """Refuses a finished run of other data than there is now.
-
-  Args:
-    workdir: its folder.
-    data_sha256: of the data; None is not compared.
-
-  Raises:
-    errors.WorkdirError: they differ.
-  """
-  if data_sha256 is not None:
-    workdir.check(data_sha256)
+  # Of several processes the first looks, so that all go on alike.
+  now = data_sha256 or parallel.on_first(look)
+  if now is not None:
+    for folder in folders:
+      folder.check(now)
 
 
 def drive(

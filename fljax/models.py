@@ -248,9 +248,6 @@ def _gives_logits(model: Model, head: Any, path: tuple[str, ...]) -> bool:
   # Positive weights and activations keep a ReLU open in between.
   rng = np.random.default_rng(0)
 
-  def drawn(shaped: Any) -> Array:
-    return jnp.asarray(rng.uniform(0.1, 1, shaped.shape), shaped.dtype)
-
   def active(params: Params) -> Array:
     images = jnp.zeros((1, *model.image_shape), jnp.uint8)
     return model.activations(params, model.stem(params, images))
@@ -258,8 +255,8 @@ def _gives_logits(model: Model, head: Any, path: tuple[str, ...]) -> bool:
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   # Whoever asks may be under a trace.
   with jax.ensure_compile_time_eval():
-    params = {"head": jax.tree.map(drawn, head)}
-    seen = drawn(jax.eval_shape(active, shapes))
+    params = {"head": _positive(head, rng)}
+    seen = _positive(jax.eval_shape(active, shapes), rng)
     kernel = head_leaf(params, path)
     moved = with_head_leaf(params, path, kernel.at[:, 0].add(1))
     logits = jax.jit(model.head)
@@ -560,12 +557,17 @@ def _neuron_paths(
   return tuple(path for path in dict.fromkeys(found) if path in leaves)
 
 
+def _positive(shapes: Any, rng: np.random.Generator) -> Any:
+  """Arrays of these shapes and types, drawn from between 0.1 and 1."""
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape), leaf.dtype),
+    shapes,
+  )
+
+
 def _check_removable(model: Model, target: Any, hidden: Any) -> None:
   """A neuron is removed by zeroing what is its own; no other may notice."""
   rng = np.random.default_rng(0)
-
-  def drawn(shaped: Any) -> Array:
-    return jnp.asarray(rng.uniform(0.1, 1, shaped.shape), shaped.dtype)
 
   # As arguments: of a convolution of constants under a maximum, XLA's CPU
   # backend (jax 0.10.2) returns memory that nobody has written.
@@ -573,8 +575,8 @@ def _check_removable(model: Model, target: Any, hidden: Any) -> None:
   def activations(params: Params, inputs: Array) -> Array:
     return model.activations(params, inputs)
 
-  params = {"target": jax.tree.map(drawn, target)}
-  inputs = drawn(hidden)
+  params = {"target": _positive(target, rng)}
+  inputs = _positive(hidden, rng)
   before = activations(params, inputs)
   stays = jnp.arange(model.neurons) % 2 == 1
   for mask in (stays, jnp.zeros_like(stays)):

@@ -606,10 +606,12 @@ def _drivers(
     like = like or experiment
     ready[name] = _to_host(experiment)
   if results:
-    first = next(iter(sweep.values()))
-    now = like.data_sha256 if like else experiments.digest_now(first)
-    for name in results:
-      experiments.check_finished(folders[name], now)
+    # A sweep is of one data set, which is looked at once.
+    experiments.check_finished(
+      [folders[name] for name in results],
+      next(iter(sweep.values())),
+      like.data_sha256 if like else None,
+    )
   for name, found in results.items():
     driving.write_report(sweep[name], found, folders[name])
   drivers = {}

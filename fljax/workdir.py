@@ -518,27 +518,13 @@ class Shared:
     if self._own is not None:
       self._own.close()
 
-  def claim(
-    self,
-    data_sha256: str,
-    trained_in: str = "",
-    training: dict[str, Any] | None = None,
-  ) -> None:
+  def claim(self, *claimed: Any) -> None:
     """See `Workdir.claim`."""
-    parallel.on_first(
-      lambda: self._own.claim(data_sha256, trained_in, training)
-    )
+    parallel.on_first(lambda: self._own.claim(*claimed))
 
-  def check(
-    self,
-    data_sha256: str,
-    trained_in: str = "",
-    training: dict[str, Any] | None = None,
-  ) -> None:
+  def check(self, *claimed: Any) -> None:
     """See `Workdir.check`."""
-    parallel.on_first(
-      lambda: self._own.check(data_sha256, trained_in, training)
-    )
+    parallel.on_first(lambda: self._own.check(*claimed))
 
   def results(self) -> dict[str, Any] | None:
     """See `Workdir.results`."""

@@ -273,8 +273,11 @@ _SERVER_NOTE = (
 )
 
 
+_SERVER = {"server_learning_rate": 0.2, "server_epochs": 20}
+
+
 def _server_cells(config: Config) -> dict[str, Cell]:
-  server = plan.changed(config, server_learning_rate=0.2, server_epochs=20)
+  server = plan.changed(config, **_SERVER)
   return {
     "paper": Cell(config),
     # By themselves: where one diverges, the other still counts.
@@ -421,9 +424,9 @@ def beyond_8(bases: Bases) -> Table:
   place = plan.places(_FEW_COLUMNS)
 
   def cells(config: Config) -> dict[str, Cell]:
-    server = plan.changed(config, server_learning_rate=0.2, server_epochs=20)
     tuned = plan.changed(
-      server,
+      config,
+      **_SERVER,
       cleanse="fst,ft",
       fine_tune_rounds=20,
       fine_tune_patience=0,
@@ -432,7 +435,7 @@ def beyond_8(bases: Bases) -> Table:
     return {
       "paper": Cell(config),
       "unpruned": _cells(config)["unpruned"],
-      "fst": Cell(plan.changed(server, cleanse="fst")),
+      "fst": _server_cells(config)["fst"],
       "mean": Cell(tuned),
       "trimmed": Cell(
         plan.changed(tuned, fine_tune_aggregation="trimmed_mean")
