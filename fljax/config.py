@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -36,6 +37,8 @@ TRAINING_BASELINES = ("nc-unlearn", "fine-pruning", "fst")
 # A value of --pruning that needs no report.
 GAIN = "gain"
 _LARGEST = 2**31 - 1
+# Settings that are paths, or may be.
+_PATHS = ("workdir", "data_dir", "trained_in", "compilation_cache", "dataset")
 
 
 def _setting(
@@ -735,6 +738,8 @@ class Config:
       )
     if not self.workdir:
       raise errors.ConfigError("--workdir must not be empty.")
+    for name in _PATHS:
+      require_home(f"--{name}", getattr(self, name))
 
   @property
   def avoided_neurons(self) -> tuple[int, ...]:
@@ -819,6 +824,20 @@ class Config:
       for field in dataclasses.fields(self)
       if field.metadata["structure"]
     }
+
+
+def require_home(flag: str, path: str) -> None:
+  """Refuses a path in the home of a user that there is not (~name/...).
+
+  Raises:
+    errors.ConfigError: naming the flag.
+  """
+  try:
+    Path(path).expanduser()
+  except RuntimeError as error:
+    raise errors.ConfigError(
+      f"{flag}={path} is in the home of a user that there is not."
+    ) from error
 
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:

@@ -108,6 +108,8 @@ def header(config: Any) -> str:
 def detail(phase: dict[str, Any]) -> str:
   """What a phase did, in a few words."""
   parts = []
+  if "taken_from" in phase:
+    parts.append(f"taken from {phase['taken_from']}")
   if "flagged_labels" in phase:
     labels = ", ".join(map(str, phase["flagged_labels"]))
     parts.append(f"flagged: {labels or 'none'}")

@@ -132,6 +132,7 @@ class Driver:
     self.state: Any = None
     self.seconds = 0.0
     self.phases: list[dict[str, Any]] = []
+    self._traced = False
     # The server's images that decide in the phase in progress.
     self._deciding: evaluate.Examples | None = None
     # The model that Neural Cleanse looked at last, what it found, in seconds.
@@ -155,7 +156,7 @@ class Driver:
   def restore(self) -> None:
     """Takes up the newest checkpoint of a claimed folder, or begins."""
     self.state = self.experiment.init_state()
-    restored = self.workdir.restore(self.state)
+    restored = self.workdir.restore(self.state, self.console.say)
     if restored is None and self.config.trained_in:
       restored = self.workdir.adopt(
         self.config.trained_in, self.config.training(), self.state
@@ -186,6 +187,11 @@ class Driver:
     try:
       if not self.trained:
         self._train()
+      if self.config.profile and not self._traced:
+        self.console.say(
+          "no round was traced (--profile): that is the first one after the"
+          " first block of rounds that a run trains by itself."
+        )
       if self.config.fine_tune_drop >= 0 and len(self.phases) == 1:
         # What `_enough` is relative to, before any phase changes the model.
         for key, examples in self._measured_before().items():
@@ -308,6 +314,7 @@ class Driver:
   @contextlib.contextmanager
   def _trace(self) -> Iterator[None]:
     """Writes what happens on the devices, for TensorBoard and Perfetto."""
+    self._traced = True
     if jax.process_index():
       yield
       return
@@ -362,7 +369,9 @@ class Driver:
   def end_training(self, state: Any) -> None:
     """Measures and saves the trained model, which the run goes on from."""
     self.state = state
-    self._record(TRAINING, state, self.seconds)
+    # Of another run that takes this model over, it is not the environment.
+    where = environment(self.experiment.mesh)
+    self._record(TRAINING, state, self.seconds, environment=where)
     self._finish(TRAINING, state, side=False)
 
   def diverged(self, last_good: Any, bad_round: int) -> errors.DivergedError:

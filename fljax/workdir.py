@@ -38,6 +38,8 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 FIGURES = "figures"
 PROFILE = "profile"
+# Of training: the folder whose model was taken over.
+TAKEN_FROM = "taken_from"
 # What a phase in progress is taken up from; gone when the run is complete.
 KEPT = "in_progress.npz"
 _OWN = (CONFIG, METRICS, RESULTS, CHECKPOINTS, REPORT, FIGURES, KEPT)
@@ -139,7 +141,7 @@ class Workdir:
     """Refuses a folder that holds another run, or something else."""
     config = self.path / CONFIG
     if config.exists():
-      there = {**self._defaults, **self._read_json(config)}
+      there = {**self._defaults, **_read_json(config)}
       if DATA_SHA256 not in identity:
         there.pop(DATA_SHA256, None)
       if there != identity:
@@ -204,7 +206,7 @@ class Workdir:
     wanted = {**json.loads(json.dumps(training)), DATA_SHA256: data_sha256}
     fitting, others = [], []
     for run in runs:
-      there = {**self._defaults, **self._read_json(run / CONFIG)}
+      there = {**self._defaults, **_read_json(run / CONFIG)}
       differences = _differences(
         {key: there[key] for key in wanted if key in there}, wanted
       )
@@ -320,23 +322,7 @@ class Workdir:
   def results(self) -> dict[str, Any] | None:
     """The results of a finished run, or None."""
     path = self.path / RESULTS
-    if not path.exists():
-      return None
-    results = self._read_json(path)
-    if not isinstance(results.get("phases"), list):
-      raise errors.WorkdirError(f"{path} is damaged: it holds no phases.")
-    return results
-
-  def _read_json(self, path: Path) -> dict[str, Any]:
-    try:
-      value = json.loads(path.read_text(encoding="utf-8"))
-      if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-      raise errors.WorkdirError(
-        f"{path} is damaged ({error}); nothing was overwritten."
-      ) from error
-    return value
+    return read_results(path) if path.exists() else None
 
   # --- metrics ---------------------------------------------------------------
 
@@ -412,18 +398,25 @@ class Workdir:
       shutil.rmtree(old, ignore_errors=True)
     return path
 
-  def restore(self, like: Any) -> tuple[Any, Progress] | None:
+  def restore(
+    self, like: Any, tell: Callable[[str], None] | None = None
+  ) -> tuple[Any, Progress] | None:
     """Reads where the run goes on, and rewinds metrics.jsonl to it.
+
+    A damaged checkpoint stays where it is, and the run goes on from the one
+    before: it does the same again.
 
     Args:
       like: a pytree of arrays of the expected structure, shapes and dtypes.
+      tell: called with a sentence if checkpoints are damaged.
 
     Returns:
-      The state and its progress, of the newest checkpoint; its state is that
-      of the newest one that is no side result. None if there is none.
+      The state and its progress, of the newest checkpoint that is whole; its
+      state is that of the newest one that is no side result. None if there is
+      none.
 
     Raises:
-      errors.CheckpointError: one is damaged or belongs to another model.
+      errors.CheckpointError: all are damaged, or belong to another model.
     """
     for _, path in self._checkpoints(partial=True):
       if path.name.startswith(".") or path.name.endswith(".partial"):
@@ -432,12 +425,26 @@ class Workdir:
     if not paths:
       self._rewind_metrics(0, hashlib.sha256().hexdigest())
       return None
+    first: errors.CheckpointError | None = None
+    for last in reversed(range(len(paths))):
+      try:
+        state, newest = self._at(paths[: last + 1], like)
+      except errors.CheckpointError as error:
+        first = first or error
+        continue
+      self._rewind_metrics(newest.metrics_lines, newest.metrics_sha256)
+      if first is not None and tell is not None:
+        tell(f"{first} The run goes on from an earlier one.")
+      return state, newest
+    assert first is not None
+    raise first
+
+  def _at(self, paths: list[Path], like: Any) -> tuple[Any, Progress]:
+    """Where a run goes on that ends with the last of these checkpoints."""
     newest = read_progress(paths[-1])
     for path in reversed(paths):
       if not read_progress(path).side:
-        state = read_checkpoint(path, like)
-        self._rewind_metrics(newest.metrics_lines, newest.metrics_sha256)
-        return state, newest
+        return read_checkpoint(path, like), newest
     raise errors.CheckpointError(f"{self.path} holds side results only.")
 
   def adopt(
@@ -459,7 +466,7 @@ class Workdir:
         others, or its training has not ended.
       errors.CheckpointError: its checkpoint is damaged.
     """
-    data_sha256 = self._read_json(self.path / CONFIG)[DATA_SHA256]
+    data_sha256 = _read_json(self.path / CONFIG)[DATA_SHA256]
     source, path, progress = self._trained(other, training, data_sha256)
     state = read_checkpoint(path, like)
     lines = _first_lines(
@@ -468,6 +475,10 @@ class Workdir:
     with self.writing(self.path / METRICS):
       _replace(self.path / METRICS, lines)
     self._lines, self._digest = progress.metrics_lines, hashlib.sha256(lines)
+    # The first is training, alone so far; where its model came from stays.
+    phases = [{**progress.phases[0]}]
+    phases[0].setdefault(TAKEN_FROM, str(source))
+    progress = dataclasses.replace(progress, phases=phases)
     self.save(
       state,
       **{
@@ -557,9 +568,11 @@ class Shared:
     """See `Workdir.save`; the state is the same in all processes."""
     parallel.on_first(lambda: str(self._own.save(state, **progress)))
 
-  def restore(self, like: Any) -> tuple[Any, Progress] | None:
-    """See `Workdir.restore`."""
-    found = self._from_first(like, lambda: self._own.restore(like))
+  def restore(
+    self, like: Any, tell: Callable[[str], None] | None = None
+  ) -> tuple[Any, Progress] | None:
+    """See `Workdir.restore`; process 0 tells."""
+    found = self._from_first(like, lambda: self._own.restore(like, tell))
     return found and (found[0], Progress(**found[1]))
 
   def adopt(
@@ -596,6 +609,61 @@ class Shared:
   def report(self, write: Callable[[Workdir], None]) -> None:
     """Lets process 0 write more into the folder."""
     parallel.on_first(lambda: write(self._own))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+  """The contents of a results.json.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    Its contents: there is a phase, and all phases have what every phase has.
+
+  Raises:
+    errors.WorkdirError: it cannot be read, or is something else.
+  """
+  results = _read_json(path)
+  phases = results.get("phases")
+  if (
+    not isinstance(results.get("config"), dict)
+    or not isinstance(results.get("environment"), dict)
+    or "seed" not in results
+    or not (isinstance(phases, list) and phases)
+    or not all(is_phase(phase) for phase in phases)
+  ):
+    raise errors.WorkdirError(
+      f"{path} is damaged: it is not what a finished run writes; nothing was"
+      " overwritten."
+    )
+  return results
+
+
+def is_phase(value: Any) -> bool:
+  """Whether a value has what is shown of every phase of a run."""
+  number = (int, float)
+  try:
+    return (
+      isinstance(value["name"], str)
+      and isinstance(value["test_accuracy"], number)
+      and isinstance(value["seconds"], number)
+      # Where nobody attacks there is none.
+      and isinstance(value["attack_success"], (*number, type(None)))
+    )
+  except (TypeError, KeyError):
+    return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+      raise ValueError("no JSON object")
+  except (OSError, ValueError) as error:
+    raise errors.WorkdirError(
+      f"{path} is damaged ({error}); nothing was overwritten."
+    ) from error
+  return value
 
 
 def list_checkpoints(

@@ -67,9 +67,7 @@ def replaced(base: configs.Config, text: str) -> configs.Config:
   Raises:
     errors.ConfigError: a setting does not exist or has no such value.
   """
-  kinds: dict[str, Any] = {
-    field.name: type(field.default) for field in dataclasses.fields(base)
-  }
+  fields = {field.name: field for field in dataclasses.fields(base)}
   changes: dict[str, Any] = {}
   for item in text.split():
     name, equals, value = item.partition("=")
@@ -77,21 +75,27 @@ def replaced(base: configs.Config, text: str) -> configs.Config:
       raise errors.ConfigError(
         f"--variant={text}: seeds are those of --seeds, folders of --store."
       )
-    if not equals or name not in kinds:
+    if not equals or name not in fields:
       raise errors.ConfigError(
         f"--variant={text}: {item!r} is no setting of launch/main.py with a"
         " value, as in adjusting_drop=0.02."
       )
+    if not fields[name].metadata["identity"]:
+      # It would be the same experiment under two names.
+      raise errors.ConfigError(
+        f"--variant={text}: {name} changes no result; give it as a flag."
+      )
+    kind: Any = type(fields[name].default)
     try:
       changes[name] = (
         {"true": True, "false": False}[value.lower()]
-        if kinds[name] is bool
-        else kinds[name](value)
+        if kind is bool
+        else kind(value)
       )
     except (KeyError, ValueError):
       raise errors.ConfigError(
         f"--variant={text}: {value!r} is no value of {name}, which is of type"
-        f" {kinds[name].__name__}."
+        f" {kind.__name__}."
       ) from None
   return dataclasses.replace(base, **changes)
 
@@ -257,6 +261,7 @@ def main(arguments: Sequence[str]) -> int:
       if flags.FLAGS[name].present:
         raise errors.ConfigError(f"--{name} is launch/main.py's: {instead}.")
     base = configs.from_flags()
+    configs.require_home("--store", _STORE.value)
     experiment.use_devices(base)
     experiment.use_compilation_cache(base)
     with driver.Stop.on_signals() as stop:

@@ -367,6 +367,8 @@ def main(arguments: Sequence[str]) -> int:
         f"--seeds={','.join(_SEEDS.value)} must be numbers."
       )
     seeds = tuple(dict.fromkeys(map(int, _SEEDS.value)))
+    for flag in (_WORKDIR, _OUT, _RESULTS):
+      configs.require_home(f"--{flag.name}", flag.value)
     base = bases(_OVERRIDE.value, _DATA_DIR.value)
     artefacts = chosen(base)
     experiment.use_devices(base["mnist"])

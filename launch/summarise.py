@@ -1,10 +1,11 @@
 """Averages finished runs: python launch/summarise.py runs/mnist-*."""
 
-import json
 from pathlib import Path
 import sys
 
 from fljax import console
+from fljax import errors
+from fljax import workdir
 
 
 def main(folders: list[str]) -> int:
@@ -13,14 +14,10 @@ def main(folders: list[str]) -> int:
     return 2
   runs = []
   for folder in folders:
-    path = Path(folder) / "results.json"
     try:
-      runs.append(json.loads(path.read_text(encoding="utf-8")))
-      runs[-1]["seed"], dict(runs[-1]["config"])
-      for phase in runs[-1]["phases"]:
-        phase["name"], phase["test_accuracy"], phase["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      print(f"fljax: {path} cannot be read ({error!r}).", file=sys.stderr)
+      runs.append(workdir.read_results(Path(folder) / workdir.RESULTS))
+    except errors.WorkdirError as error:
+      print(f"fljax: {error}", file=sys.stderr)
       return 2
   ignored = ("seed", "figures")
   settings = [

@@ -96,6 +96,8 @@ def test_where_nobody_attacks_there_is_no_aa(tmp_path):
     (["--seeds=100,x"], "--seeds=100,x: calibration"),
     (["--variant=drop=1"], "'drop=1' is no setting of launch/main.py"),
     (["--variant=seed=1"], "--variant=seed=1: seeds are those of --seeds"),
+    (["--variant=devices=1"], "devices changes no result; give it as a flag"),
+    (["--store=~no-such-user/x"], "--store=~no-such-user/x is in the home"),
     (["--variant=gamma"], "'gamma' is no setting"),
     (["--variant=gamma=much"], "'much' is no value of gamma"),
     (["--variant=gamma=0.1"], "--gamma=0.1 is out of range"),

@@ -96,6 +96,10 @@ def test_every_range_is_checked(field):
     ({"attacker_avoids": "1,-2"}, "numbered from 0"),
     ({"attacker_gain": 0.5}, "must be 0 or at least 1"),
     ({"workdir": ""}, "workdir must not be empty"),
+    *(
+      ({name: "~no-such-user/x.npz"}, f"--{name}=~no-such-user/x.npz is in the")
+      for name in config._PATHS
+    ),
   ],
 )
 def test_contradictions_are_refused(changes, message):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+import pytest
 
 from fljax import console
 
@@ -60,14 +61,20 @@ def test_the_summary_averages_over_runs():
   )
 
 
-def test_the_summary_of_what_is_no_run_is_refused(tmp_path):
+@pytest.mark.parametrize(
+  "content, message",
+  [(None, "No such file"), ("{", "damaged"), ('{"phases": []}', "damaged")],
+)
+def test_the_summary_of_what_is_no_run_is_refused(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "results.json").write_text(content)
   process = subprocess.run(
     [sys.executable, str(ROOT / "launch/summarise.py"), str(tmp_path)],
     capture_output=True,
     text=True,
     check=False,
   )
-  assert process.returncode == 2 and "cannot be read" in process.stderr
+  assert process.returncode == 2 and message in process.stderr
   assert "Traceback" not in process.stderr
 
 

@@ -25,6 +25,7 @@ import pytest
 
 from fljax import attacks
 from fljax import config as configs
+from fljax import console
 from fljax import errors
 from fljax import experiment
 from fljax import models
@@ -68,7 +69,7 @@ def _with(config, **changes):
 
 
 def _final(config):
-  """Results without times, and the final parameters."""
+  """Results without times and origin, and the final parameters."""
   workdir = workdirs.Workdir(config.workdir, config.identity())
   with workdir:
     results = workdir.results()
@@ -76,6 +77,7 @@ def _final(config):
     state, _ = workdir.restore(experiment.setup(config).init_state())
   for phase in results["phases"]:
     phase.pop("seconds")
+    phase.pop("taken_from", None)
   return results, lines, jax.tree.map(np.asarray, state)
 
 
@@ -539,8 +541,15 @@ def test_a_trained_model_is_taken_over(config):
   experiment.run(config, quiet=True)
   again = _with(config, workdir=config.workdir + "2", trained_in=config.workdir)
   results = experiment.run(again, quiet=True)
-  assert results["phases"][0] == _results(config)["phases"][0]
+  trained = _results(config)["phases"][0]
+  assert trained["environment"] == results["environment"]
+  taken = {**trained, "taken_from": config.workdir}
+  assert results["phases"][0] == taken
+  assert f"taken from {config.workdir}" in console.table(results)
   _assert_same(_final(config), _final(again))
+  # Of a model that is taken over again, the first folder is known.
+  third = _with(again, workdir=config.workdir + "4", trained_in=again.workdir)
+  assert experiment.run(third, quiet=True)["phases"][0] == taken
   other = _with(
     again, workdir=config.workdir + "3", pruning="rap", cleanse="fp"
   )
@@ -928,3 +937,10 @@ def test_a_profile_is_written_and_changes_nothing(config):
   assert list(found.rglob("perfetto_trace.json.gz"))
   (_, _, state), (_, _, other) = _final(config), _final(looked)
   chex.assert_trees_all_equal(state, other)
+
+
+def test_that_no_round_is_traced_is_told(config, capsys):
+  config = _with(config, rounds=1, cleanse="", profile=True)
+  experiment.run(config)
+  assert "no round was traced (--profile)" in capsys.readouterr().err
+  assert not (Path(config.workdir) / "profile").exists()

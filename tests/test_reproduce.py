@@ -145,6 +145,7 @@ def test_shipped_tables_are_those_of_the_flagfiles(tmp_path, path):
     ([], "nothing to make"),
     (["--table=8"], "--table=8: there is no such table"),
     (["--table=1", "--seeds=one"], "--seeds=one must be numbers"),
+    (["--table=1", "--results=~no-such-user"], "--results=~no-such-user is in"),
     (["--table=1", "--override=round=1"], "--override: "),
     (["--table=1", "--override=cleanse=fp"], "--override=cleanse: the phases"),
     (["--table=1", "--override=seed=3"], "--override=seed: use --seeds"),

@@ -11,6 +11,13 @@ from fljax import errors
 from fljax import workdir as workdirs
 
 IDENTITY = {"seed": 0, "rounds": 3}
+PHASE = {
+  "name": "training",
+  "test_accuracy": 0.5,
+  "attack_success": None,
+  "seconds": 1,
+}
+RESULTS = {"config": IDENTITY, "environment": {}, "seed": 0, "phases": [PHASE]}
 
 
 def _state(value=1.0):
@@ -134,36 +141,86 @@ def _flip(path):
   path.write_bytes(raw)
 
 
+def _damage(path, other, how):
+  """Does to a checkpoint what disks and people do."""
+  record = path / "progress.json"
+  if how == "flip":
+    _flip(_largest_file(path / "state"))
+  elif how == "cut":
+    largest = _largest_file(path / "state")
+    largest.write_bytes(largest.read_bytes()[:20])
+  elif how == "gone":
+    shutil.rmtree(path / "state")
+  elif how == "record":
+    changed = {**json.loads(record.read_text()), "seconds": 9}
+    record.write_text(json.dumps(changed))
+  elif how == "json":
+    record.write_text("{")
+  else:
+    shutil.rmtree(path / "state")
+    shutil.copytree(other / "state", path / "state")
+
+
+def _files(path):
+  return sorted((file, file.stat().st_size) for file in path.rglob("*"))
+
+
 @pytest.mark.parametrize(
   "damage", ["flip", "cut", "gone", "json", "swapped", "record"]
 )
-def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, damage):
+def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path, damage):
   with _open(tmp_path) as workdir:
+    workdir.log(round=1)
     one = _save(workdir, np.float32(1.25).item(), phase="fp", complete=True)
+    workdir.log(round=2)
     path = _save(workdir, 2.0, phase="all", complete=True)
-  if damage == "flip":
-    _flip(_largest_file(path / "state"))
-  elif damage == "cut":
-    largest = _largest_file(path / "state")
-    largest.write_bytes(largest.read_bytes()[:20])
-  elif damage == "gone":
-    shutil.rmtree(path / "state")
-  elif damage == "record":
-    record = json.loads((path / "progress.json").read_text())
-    (path / "progress.json").write_text(json.dumps({**record, "seconds": 9}))
-  elif damage == "json":
-    (path / "progress.json").write_text("{")
-  else:
-    shutil.rmtree(path / "state")
-    shutil.copytree(one / "state", path / "state")
-  before = sorted((file, file.stat().st_size) for file in tmp_path.rglob("*"))
+  _damage(path, one, damage)
+  before, told = _files(path), []
+  with _open(tmp_path) as workdir:
+    state, progress = workdir.restore(_state(), told.append)
+    chex.assert_trees_all_equal(state, _state(1.25))
+    assert progress.phase == "fp"
+    assert len(told) == 1 and f"{path.name} is damaged" in told[0]
+    assert workdir.metrics() == [{"round": 1}]
+    # What is damaged stays, and what comes after it goes on from here.
+    assert _files(path) == before
+    workdir.log(round=2)
+    _save(workdir, 3.0, phase="all", complete=True)
+  with _open(tmp_path) as workdir:
+    state, progress = workdir.restore(_state(), told.append)
+  chex.assert_trees_all_equal(state, _state(3.0))
+  assert progress.phase == "all" and len(told) == 1
+
+
+@pytest.mark.parametrize(
+  "damage", ["flip", "cut", "gone", "json", "swapped", "record"]
+)
+def test_where_no_checkpoint_is_whole_the_last_is_named(tmp_path, damage):
+  with _open(tmp_path) as workdir:
+    workdir.log(round=1)
+    one = _save(workdir, 1.0, phase="fp", complete=True)
+    path = _save(workdir, 2.0, phase="all", complete=True)
+  _damage(path, one, damage)
+  _damage(one, one, "json")
+  before = _files(tmp_path)
   with (
     _open(tmp_path) as workdir,
     pytest.raises(errors.CheckpointError, match=f"{path.name} is damaged"),
   ):
     workdir.restore(_state())
-  after = sorted((file, file.stat().st_size) for file in tmp_path.rglob("*"))
-  assert after == before
+  assert _files(tmp_path) == before
+
+
+def test_a_side_result_of_a_damaged_checkpoint_is_left_out_too(tmp_path):
+  with _open(tmp_path) as workdir:
+    one = _save(workdir, 1.0, complete=True, phases=[{"name": "training"}])
+    two = _save(workdir, 2.0, phase="fp", complete=True)
+    _save(workdir, 3.0, phase="fp+aw", complete=True, side=True)
+  _damage(two, one, "flip")
+  with _open(tmp_path) as workdir:
+    state, progress = workdir.restore(_state())
+  chex.assert_trees_all_equal(state, _state(1.0))
+  assert progress.phases == [{"name": "training"}]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -214,6 +271,28 @@ def test_a_folder_with_strange_results_is_refused(tmp_path):
   assert (tmp_path / "results.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+  "content",
+  [
+    "{",
+    "[]",
+    "{}",
+    json.dumps({**RESULTS, "phases": []}),
+    json.dumps({**RESULTS, "phases": [1]}),
+    json.dumps({**RESULTS, "phases": [{**PHASE, "test_accuracy": None}]}),
+    json.dumps({**RESULTS, "phases": [{**PHASE, "name": 1}]}),
+    json.dumps({**RESULTS, "config": None}),
+  ],
+)
+def test_results_that_no_run_wrote_are_named(tmp_path, content):
+  with _open(tmp_path) as workdir:
+    workdir.write_json("results.json", RESULTS)
+    assert workdir.results() == RESULTS
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(errors.WorkdirError, match=r"results\.json is damaged"):
+      workdir.results()
+
+
 def test_a_damaged_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(errors.WorkdirError, match=r"config\.json is damaged"):
@@ -248,7 +327,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
   with _open(tmp_path) as workdir:
-    workdir.write_json("results.json", {"phases": [1]})
+    workdir.write_json("results.json", RESULTS)
     _save(workdir, 1.0)
 
     def full(*_):
@@ -260,7 +339,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(errors.WorkdirError, match="No space left on device"):
       _save(workdir, 2.0)
     monkeypatch.undo()
-    assert workdir.results() == {"phases": [1]}
+    assert workdir.results() == RESULTS
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["0001-training"]
     assert not list(tmp_path.glob(".results*"))

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from fljax import errors
+from fljax import workdir as workdirs
 from fljax.config import Config
 from fljax.reproduction.plan import Record
 
@@ -38,7 +39,7 @@ def dump(
       "seed": seed,
       "environment": record.results["environment"],
       "config": record.results["config"],
-      "phases": record.results["phases"],
+      "phases": _shown(record.results),
     }
     for (label, variant, seed), record in records.items()
   ]
@@ -67,6 +68,19 @@ def dump(
     "cells": cells,
   }
   return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _shown(results: dict[str, Any]) -> list[dict[str, Any]]:
+  """The phases, without paths, nor twice what a run ran on."""
+  shown = []
+  for phase in results["phases"]:
+    own = {
+      key: value for key, value in phase.items() if key != workdirs.TAKEN_FROM
+    }
+    if own.get("environment") == results["environment"]:
+      del own["environment"]
+    shown.append(own)
+  return shown
 
 
 def load(content: bytes) -> list[dict[str, Any]]:
@@ -99,8 +113,9 @@ def load(content: bytes) -> list[dict[str, Any]]:
       }
       for cell in whole["cells"]
     ]
-    if not all(cell["phases"] for cell in cells):
-      raise ValueError("an experiment without a phase")
+    for cell in cells:
+      if not cell["phases"] or not all(map(workdirs.is_phase, cell["phases"])):
+        raise ValueError("an experiment without a phase, or a broken one")
   except (ValueError, KeyError, TypeError) as error:
     raise errors.WorkdirError(
       f"it is damaged, or not what reproduce.py writes ({error!r})."

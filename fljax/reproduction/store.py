@@ -133,10 +133,10 @@ class Store:
     if not (folder / workdirs.RESULTS).exists():
       return None if curves else self._of_table(folder.name)
     try:
-      results = json.loads((folder / workdirs.RESULTS).read_text("utf-8"))
+      results = workdirs.read_results(folder / workdirs.RESULTS)
       lines = (folder / workdirs.METRICS).read_text("utf-8").splitlines()
       return Record(results, [json.loads(line) for line in lines])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, errors.WorkdirError) as error:
       raise errors.WorkdirError(
         f"{folder} is damaged ({error}); delete it to have it made again."
       ) from error
@@ -266,7 +266,7 @@ class Store:
     with _reading(source):
       settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
       settings.pop(workdirs.DATA_SHA256)
-      json.loads((source / workdirs.RESULTS).read_text("utf-8"))["phases"]
+      workdirs.read_results(source / workdirs.RESULTS)
     name = digest(settings)
     target = self.path / "runs" / name
     if (target / workdirs.RESULTS).exists():

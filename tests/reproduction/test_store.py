@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 import shutil
 
@@ -89,6 +90,7 @@ def test_a_stored_run_is_what_the_command_line_gives(base, store, tmp_path):
   for results in (alone, stored):
     for phase in results["phases"]:
       del phase["seconds"]
+  assert "trained" in stored["phases"][0].pop("taken_from")
   assert stored == alone
 
 
@@ -193,9 +195,11 @@ def test_a_damaged_result_is_named(base, store):
   cell = plan.Cell(_with(base, cleanse="", rounds=1))
   store.run(cell, 0)
   folder = Path(store.settings(cell, 0).workdir)
-  (folder / "results.json").write_text("{")
-  with pytest.raises(Exception, match="is damaged"):
-    store.record(cell, 0)
+  whole = json.loads((folder / "results.json").read_text())
+  for broken in ("{", "{}", json.dumps({**whole, "phases": [{}]})):
+    (folder / "results.json").write_text(broken)
+    with pytest.raises(errors.WorkdirError, match=r"is damaged.*delete it"):
+      store.record(cell, 0)
 
 
 def test_a_setting_at_its_default_does_not_change_the_hash(base):
@@ -221,7 +225,8 @@ def test_records_made_elsewhere_are_taken_over(base, store, tmp_path):
   assert store.record(cell, 3) is None
   # It is a finished run like any other, and stays what it is.
   store.run(cell, 2)
-  (elsewhere / "results.json").write_text('{"phases": []}')
+  changed = json.dumps({**alone, "seed": 3})
+  (elsewhere / "results.json").write_text(changed)
   assert store.take_over(str(tmp_path / "sweep")) == 1
   assert store.record(cell, 2).results == alone
 
@@ -240,9 +245,20 @@ def test_a_table_made_elsewhere_is_taken_over(base, store, tmp_path):
   assert other.record(cell, 2) is None
   assert other.take_over(str(tmp_path / "made")) == 1
   taken = other.record(cell, 2)
-  assert taken.results == {
-    key: record.results[key] for key in ("environment", "config", "phases")
+  # A folder here is nothing to those who read it there, and where training
+  # ran on the same as the rest, that is said once.
+  trained, *others = record.results["phases"]
+  assert trained["environment"] == record.results["environment"]
+  there = {
+    key: value
+    for key, value in trained.items()
+    if key not in ("taken_from", "environment")
   }
+  assert taken.results == {
+    **{key: record.results[key] for key in ("environment", "config")},
+    "phases": [there, *others],
+  }
+  assert b"taken_from" not in made
   assert taken.lines == []
   # A single file will do; and whose store cannot be written, is told so.
   one = stores.Store(str(tmp_path / "one"), driver.Stop())
@@ -277,7 +293,7 @@ def test_a_table_made_elsewhere_is_taken_over(base, store, tmp_path):
     ),
     ({"results.json": "{}", "config.json": "{}"}, "taken over"),
     ({"results.json": '{"phases": []}'}, "taken over"),
-    ({"results.json": "[", "config.json": '{"data_sha256": ""}'}, "taken over"),
+    ({"results.json": "[", "config.json": '{"data_sha256": ""}'}, "damaged"),
   ],
 )
 def test_what_is_no_record_is_refused(store, tmp_path, files, message):
