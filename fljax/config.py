@@ -332,6 +332,13 @@ class Config:
     low=0,
     structure=False,
   )
+  attack_rounds: int = _setting(
+    0,
+    "Rounds of training for which they attack, and train as benign clients do"
+    " after them; 0 is to its end. They attack again in all of fine-tuning.",
+    low=0,
+    structure=False,
+  )
   attacker_reports: str = _setting(
     "honest",
     "What attackers report: the truth; where clients report accuracies, by"

@@ -147,6 +147,7 @@ def setup(
     "num_attackers": config.num_attackers,
     "pieces": pieces,
     "attack_start": config.attack_start,
+    "attack_rounds": config.attack_rounds,
   }
   federation: federations.Federation | populations.Population
   if config.population == "host":

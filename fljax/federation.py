@@ -17,6 +17,9 @@ from fljax import triggers
 
 Array = jax.Array
 
+# A round that does not come.
+NEVER = np.iinfo(np.int32).max
+
 
 class Federation(struct.PyTreeNode):
   """All clients, or a round's cohort of them, or (without the axis) one.
@@ -32,6 +35,8 @@ class Federation(struct.PyTreeNode):
       stamped; these samples count only while the client attacks.
     attacker: bool [clients].
     attack_start: int32 [clients], the first round in which it attacks.
+    attack_end: int32 [clients], the first round after that in which it does
+      so no longer.
     scale: float32 [clients], the attack's amplification γ of the update while
       the client attacks.
     rate: float32 [clients], what the client's local steps are multiplied by.
@@ -51,6 +56,7 @@ class Federation(struct.PyTreeNode):
   poisoned: Array
   attacker: Array
   attack_start: Array
+  attack_end: Array
   scale: Array
   rate: Array
   attack_rate: Array
@@ -72,6 +78,7 @@ def create(
   num_attackers: int = 0,
   pieces: list[triggers.Trigger] | None = None,
   attack_start: int = 0,
+  attack_rounds: int = 0,
 ) -> Federation:
   """Gathers each client's images.
 
@@ -87,6 +94,7 @@ def create(
     pieces: triggers of the attackers; attacker i gets piece i mod len(pieces).
       None stamps nothing.
     attack_start: the first round (from 0) in which attackers attack.
+    attack_rounds: for how many rounds they do; 0 for good.
 
   Returns:
     The federation, without poisoned samples, with γ = 1 and everybody's
@@ -100,6 +108,7 @@ def create(
   clients = partition.indices.shape[0]
   ids = np.arange(clients, dtype=np.int32)
   pieces = pieces or [triggers.from_pixels([], images.shape[1:])]
+  end = attack_start + attack_rounds if attack_rounds else NEVER
   return Federation(
     ids=jnp.asarray(ids),
     images=jnp.asarray(images[partition.indices]),
@@ -108,6 +117,7 @@ def create(
     poisoned=jnp.zeros(partition.indices.shape, bool),
     attacker=jnp.asarray(ids < num_attackers),
     attack_start=jnp.full(clients, attack_start, jnp.int32),
+    attack_end=jnp.full(clients, min(end, NEVER), jnp.int32),
     scale=jnp.ones(clients, jnp.float32),
     rate=jnp.ones(clients, jnp.float32),
     attack_rate=jnp.ones(clients, jnp.float32),
@@ -136,7 +146,8 @@ def select(federation: Federation, clients: Array) -> Federation:
 
 def active_attackers(federation: Federation, round_index: Array) -> Array:
   """Which clients attack in a round: bool [clients]."""
-  return federation.attacker & (round_index >= federation.attack_start)
+  begun = round_index >= federation.attack_start
+  return federation.attacker & begun & (round_index < federation.attack_end)
 
 
 def training_mask(federation: Federation, active: Array) -> Array:
@@ -144,7 +155,7 @@ def training_mask(federation: Federation, active: Array) -> Array:
 
   Args:
     federation: with or without the clients axis.
-    active: bool [...], whether the client attacks now. Before it does, its
+    active: bool [...], whether the client attacks now. While it does not, its
       poisoned samples are left out.
 
   Returns:

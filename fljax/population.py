@@ -42,6 +42,7 @@ class Population:
     num_attackers: int = 0,
     pieces: list[triggers.Trigger] | None = None,
     attack_start: int = 0,
+    attack_rounds: int = 0,
     mesh: parallel.Mesh | None = None,
     chunk: int = 100,
   ):
@@ -56,6 +57,7 @@ class Population:
       num_attackers: how many clients are malicious.
       pieces: triggers of the attackers.
       attack_start: the first round in which they attack.
+      attack_rounds: for how many rounds they do; 0 for good.
       mesh: see above.
       chunk: see above.
     """
@@ -68,6 +70,7 @@ class Population:
       num_attackers=num_attackers,
       pieces=pieces,
       attack_start=attack_start,
+      attack_rounds=attack_rounds,
     )
     nothing = np.empty((len(images), 0, 0, 0), np.uint8)
     clients = create(nothing, labels, partition)
@@ -130,6 +133,8 @@ def for_fine_tuning(
 ) -> Any:
   """The same clients with another amplification and other local steps.
 
+  Attackers attack in all of fine-tuning, also if in training they no longer do.
+
   Args:
     clients: all of them.
     gamma: γ by which attackers amplify their updates.
@@ -144,7 +149,11 @@ def for_fine_tuning(
       for_fine_tuning(clients.clients, gamma=gamma, rate=rate)
     )
   scale = jnp.where(clients.attacker, jnp.float32(gamma), clients.scale)
-  return clients.replace(scale=scale, rate=jnp.float32(rate) * clients.rate)
+  return clients.replace(
+    scale=scale,
+    rate=jnp.float32(rate) * clients.rate,
+    attack_end=jnp.full_like(clients.attack_end, federations.NEVER),
+  )
 
 
 def ask_clients(

@@ -46,7 +46,12 @@ _PAIR = ("victim_label", "target_label")
 # What of the attack means nothing before it begins (--attack_start). The
 # victim label is not among it: attackers are dealt images of that label, and
 # of the target label only with --attackers_hold_target.
-_OF_ATTACK = ("target_label", "gamma", "attacker_learning_rate")
+_OF_ATTACK = (
+  "target_label",
+  "gamma",
+  "attacker_learning_rate",
+  "attack_rounds",
+)
 
 
 # --- which experiments -------------------------------------------------------

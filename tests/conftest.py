@@ -175,7 +175,14 @@ def make_dealt(clients, samples):
 
 
 def make_federation(
-  *, clients=4, samples=10, attackers=1, gamma=1.0, fraction=0.3, start=0
+  *,
+  clients=4,
+  samples=10,
+  attackers=1,
+  gamma=1.0,
+  fraction=0.3,
+  start=0,
+  attack_rounds=0,
 ):
   """A poisoned federation and the attack that poisoned it."""
   federation = federations.create(
@@ -183,6 +190,7 @@ def make_federation(
     num_attackers=attackers,
     pieces=[triggers.from_pixels(TRIGGER, IMAGE_SHAPE)],
     attack_start=start,
+    attack_rounds=attack_rounds,
   )
   attack = attacks.chain(
     attacks.backdoor(

@@ -4,6 +4,7 @@ from conftest import VICTIM
 from conftest import make_federation
 from conftest import make_state
 from conftest import make_training
+from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -15,6 +16,7 @@ from fljax import aggregators
 from fljax import attacks
 from fljax import federation as federations
 from fljax import models
+from fljax import population as populations
 from fljax import triggers
 from fljax.cleanse import weights
 
@@ -117,13 +119,31 @@ def test_model_replacement_scales_active_attackers_only(gamma):
   np.testing.assert_allclose(scaled["b"], [gamma, 1, 1, 1], rtol=1e-6)
 
 
-def test_attackers_begin_in_their_round():
-  federation, _ = make_federation(attackers=2, start=3)
-  for index, expected in ((0, 0), (2, 0), (3, 2), (9, 2)):
-    active = federations.active_attackers(federation, jnp.asarray(index))
-    assert int(active.sum()) == expected
-    counted = federations.training_mask(federation, active)
-    assert bool((counted & federation.poisoned).any()) == bool(expected)
+@given(
+  start=st.integers(0, 2**31 - 1),
+  attack_rounds=st.integers(0, 2**31 - 1),
+  index=st.integers(0, 2**31 - 2),
+)
+@example(start=3, attack_rounds=0, index=2)
+@example(start=3, attack_rounds=0, index=3)
+@example(start=3, attack_rounds=2, index=4)
+@example(start=3, attack_rounds=2, index=5)
+def test_attackers_begin_and_end_in_their_rounds(start, attack_rounds, index):
+  federation, _ = make_federation(
+    attackers=2, start=start, attack_rounds=attack_rounds
+  )
+  ended = attack_rounds and index >= start + attack_rounds
+  attacking = index >= start and not ended
+  tuning = populations.for_fine_tuning(federation, gamma=2.0)
+  for clients, expected in (
+    (federation, attacking),
+    # There it does not end.
+    (tuning, index >= start),
+  ):
+    active = federations.active_attackers(clients, jnp.asarray(index))
+    assert int(active.sum()) == 2 * expected
+    counted = federations.training_mask(clients, active)
+    assert bool((counted & clients.poisoned).any()) == expected
 
 
 @pytest.mark.parametrize("name", sorted(attacks.REPORTS))

@@ -38,7 +38,8 @@ def _plain_loop(model, state, federation, *, gamma, server_rate, weighted):
   weights = 0.0
   for client in range(federation.num_clients):
     one = federations.select(federation, client)
-    active = bool(one.attacker) and int(state.round) >= int(one.attack_start)
+    begun = int(one.attack_start) <= int(state.round) < int(one.attack_end)
+    active = bool(one.attacker) and begun
     trained, _ = train(
       state.params,
       one,
@@ -71,7 +72,9 @@ def _plain_loop(model, state, federation, *, gamma, server_rate, weighted):
 def test_the_mapped_round_equals_a_plain_loop_over_clients(
   model, chunk, weighted
 ):
-  federation, attack = make_federation(attackers=2, gamma=1.7, start=1)
+  federation, attack = make_federation(
+    attackers=2, gamma=1.7, start=1, attack_rounds=1
+  )
   federation = federation.replace(mask=federation.mask.at[2, 6:].set(False))
   aggregator = aggregators.AGGREGATORS["weighted" if weighted else "mean"]()
   run = jax.jit(
@@ -84,7 +87,7 @@ def test_the_mapped_round_equals_a_plain_loop_over_clients(
     )
   )
   state = make_state(model)
-  for _ in range(3):  # Before, at and after the attack's start.
+  for _ in range(3):  # Before, in and after the attack's only round.
     expected = _plain_loop(
       model,
       state,

@@ -191,6 +191,7 @@ def _alone(
     poisoned=jnp.zeros(samples, bool),
     attacker=jnp.zeros((), bool),
     attack_start=jnp.zeros((), jnp.int32),
+    attack_end=jnp.zeros((), jnp.int32),
     scale=jnp.ones((), jnp.float32),
     rate=jnp.ones((), jnp.float32),
     attack_rate=jnp.ones((), jnp.float32),
