@@ -360,6 +360,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
       "num_attackers": 2,
       "trigger": "pixel1",
       "attack_start": 3,
+      "attack_rounds": 1,
       "attacker_avoids": "0,3",
     },
     {
@@ -871,6 +872,7 @@ def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
     config,
     clients_per_round=2,
     rounds=2,
+    attack_rounds=1,
     fine_tune_rounds=1,
     validation_size=validation_size,
     cleanse="fp,ft",

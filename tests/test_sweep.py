@@ -308,7 +308,7 @@ def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
     eval_every=1,
     checkpoint_every=9,
   )
-  found = sweep.expand(config, "pairs=3:1,3:2")
+  found = sweep.expand(config, "attack_rounds=0,1")
   log = driver.Driver.log_training
 
   def stopping(self, done, metrics):
@@ -325,10 +325,12 @@ def test_stopped_before_attackers_begin_it_goes_on(folder, monkeypatch):
     assert progress["metrics_lines"] == 1
   sweep.run(found, quiet=True, over="map")
   alone = dataclasses.replace(
-    found["3-2"], workdir=str(folder / "late stop alone")
+    found["attack_rounds=1"], workdir=str(folder / "late stop alone")
   )
   experiment.run(alone, quiet=True)
-  ours, theirs = (_left(Path(one.workdir)) for one in (found["3-2"], alone))
+  ours, theirs = (
+    _left(Path(one.workdir)) for one in (found["attack_rounds=1"], alone)
+  )
   # It saved once more.
   assert ours.pop("checkpoints") != theirs.pop("checkpoints")
   _assert_same(ours, theirs)
