@@ -95,7 +95,8 @@ def header(config: Any) -> str:
   """One line that says what is about to run."""
   attack = (
     f"{config.num_attackers} attacking {config.victim_label} ->"
-    f" {config.target_label} ({config.trigger}, gamma {config.gamma:g})"
+    f" {config.target_label} ({config.trigger}, gamma {config.gamma:g}"
+    f"{_when(config)})"
     if config.num_attackers
     else "none attacking"
   )
@@ -103,6 +104,18 @@ def header(config: Any) -> str:
     f"fljax {__version__}: {config.dataset}, {config.model},"
     f" {config.num_clients} clients, {attack}, seed {config.seed}"
   )
+
+
+def _when(config: Any) -> str:
+  """In which rounds of training attackers attack, if not in all."""
+  first, last = config.attack_start + 1, config.rounds
+  if config.attack_rounds:
+    last = min(last, config.attack_start + config.attack_rounds)
+  if (first, last) == (1, config.rounds):
+    return ""
+  if first > last:
+    return ", in no round of training"
+  return f", in rounds {first} to {last}"
 
 
 def detail(phase: dict[str, Any]) -> str:

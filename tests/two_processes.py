@@ -35,7 +35,7 @@ def main(coordinator, processes, process, folder, stop_after):
     process_id=int(process),
     **{
       **conftest.TINY_SETTINGS,
-      "cleanse": "fp,nc-prune,fst",
+      "cleanse": "fp,nc-prune,fst,ft,aw",
       "nc_steps": 6,
       "server_epochs": 1,
       "eval_every": 1,
