@@ -220,11 +220,19 @@ class Workdir:
         f"--trained_in={other} holds {what} trained otherwise"
         f" ({min(others, key=len)})."
       )
+    damage: errors.CheckpointError | None = None
     for run in fitting:
       for _, path in list_checkpoints(run):
-        progress = read_progress(path)
+        try:
+          progress = read_progress(path)
+        except errors.CheckpointError as error:
+          # It may be another one, which that run passed over.
+          damage = damage or error
+          continue
         if progress.complete and len(progress.phases) == 1:
           return run, path, progress
+    if damage is not None:
+      raise damage
     raise errors.WorkdirError(
       f"the run in --trained_in={fitting[0] if fitting != [source] else other}"
       " has not ended its training."
@@ -464,7 +472,7 @@ class Workdir:
     Raises:
       errors.WorkdirError: there is no such run, its settings or its data are
         others, or its training has not ended.
-      errors.CheckpointError: its checkpoint is damaged.
+      errors.CheckpointError: the trained model's checkpoint is damaged.
     """
     data_sha256 = _read_json(self.path / CONFIG)[DATA_SHA256]
     source, path, progress = self._trained(other, training, data_sha256)

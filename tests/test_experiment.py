@@ -548,6 +548,9 @@ def test_a_trained_model_is_taken_over(config):
   assert results["phases"][0] == taken
   assert f"taken from {config.workdir}" in console.table(results)
   _assert_same(_final(config), _final(again))
+  # What is damaged beside the trained model is nothing to it.
+  checkpoints = Path(again.workdir) / "checkpoints"
+  (checkpoints / "0000-training").mkdir()
   # Of a model that is taken over again, the first folder is known.
   third = _with(again, workdir=config.workdir + "4", trained_in=again.workdir)
   assert experiment.run(third, quiet=True)["phases"][0] == taken
@@ -576,7 +579,12 @@ def test_a_trained_model_of_something_else_is_refused(config, tmp_path):
   with pytest.raises(errors.WorkdirError, match="holds no run"):
     nothing = str(tmp_path / "nothing")
     experiment.run(_with(taking, trained_in=nothing), quiet=True)
-  for checkpoint in (Path(config.workdir) / "checkpoints").iterdir():
+  checkpoints = Path(config.workdir) / "checkpoints"
+  for checkpoint in checkpoints.iterdir():
+    (checkpoint / "progress.json").unlink()
+  with pytest.raises(errors.CheckpointError, match="is damaged"):
+    experiment.run(taking, quiet=True)
+  for checkpoint in checkpoints.iterdir():
     shutil.rmtree(checkpoint)
   with pytest.raises(errors.WorkdirError, match="not ended its training"):
     experiment.run(taking, quiet=True)
