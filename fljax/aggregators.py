@@ -11,6 +11,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from fljax import errors
+
 Array = jax.Array
 Params = Any
 
@@ -191,7 +193,11 @@ def build(name: str, *, trim: float) -> Aggregator:
 
   Returns:
     The aggregator.
+
+  Raises:
+    errors.ConfigError: there is no such name.
   """
+  errors.require_choice("aggregator", name, AGGREGATORS)
   if name == "trimmed_mean":
     return trimmed_mean(trim)
   return AGGREGATORS[name]()

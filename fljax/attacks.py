@@ -10,6 +10,7 @@ aggregator or defence imports this module.
 from __future__ import annotations
 
 import functools
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
@@ -108,7 +109,8 @@ class ReportHook(Protocol):
         neurons], the means from which a client derives its ranks or votes; or
         "accuracies" [clients, steps], of the model at each step of pruning or
         of adjusting.
-      federation: all clients.
+      federation: all clients; on a mesh, rows of padding may follow them
+        (`Federation.padding`), for which there is no report.
       kind: "activations" or "accuracies".
       triggered: [clients, neurons], with activations, for an attack that
         `wants_triggered`: the means over a client's backdoored images alone.
@@ -142,6 +144,11 @@ def _same_report(
 class Attack(NamedTuple):
   """The six hooks.
 
+  None of them applies itself. `data` is called once, by whoever makes the
+  federation; `loss`, `local` and `start` go into local training,
+  `local.sgd_training(..., **attack.in_steps)`; `rounds.make_round` takes
+  `updates`; and `report` is called by whoever asks clients.
+
   Attributes:
     data: see `DataHook`.
     updates: see `UpdateHook`.
@@ -164,6 +171,20 @@ class Attack(NamedTuple):
   loss: LossHook | None = None
   rowwise: bool = True
   wants_triggered: bool = False
+
+  @property
+  def in_steps(self) -> dict[str, Any]:
+    """The hooks on local steps, as `local.sgd_training` takes them."""
+    return {
+      "attackers_hook": self.local,
+      "attackers_start": self.start,
+      "attackers_loss": self.loss,
+    }
+
+
+def _attackers(federation: Federation) -> Array:
+  """Which clients are: bool [clients], without padding."""
+  return federation.attacker[: federation.num_clients]
 
 
 def _one_after_another(hooks: list[LocalHook | None]) -> LocalHook | None:
@@ -269,7 +290,9 @@ def _poison(
 
   def poison(client: Federation, key: Array) -> Federation:
     samples = client.mask.shape[0]
-    victim = client.mask & (client.labels == victim_label)
+    # Labels of what another attack has poisoned are not those of the images.
+    own = client.mask & ~client.poisoned
+    victim = own & (client.labels == victim_label)
     scores = jax.random.uniform(key, (samples,))
     # Samples give way in the order of their scores: one victim image comes
     # last, so that at least it is kept, and padding after that.
@@ -389,7 +412,7 @@ def false_accuracies(*, stop_pruning: bool) -> Attack:
     lie = jnp.ones_like(values)
     if stop_pruning:
       lie = lie.at[:, 1:].set(0)
-    return jnp.where(federation.attacker[:, jnp.newaxis], lie, values)
+    return jnp.where(_attackers(federation)[:, jnp.newaxis], lie, values)
 
   return Attack(report=report)
 
@@ -419,7 +442,7 @@ def promoted_neurons() -> Attack:
     if kind != "activations" or triggered is None:
       return values
     return jnp.where(
-      federation.attacker[:, jnp.newaxis], triggered - values, values
+      _attackers(federation)[:, jnp.newaxis], triggered - values, values
     )
 
   return Attack(report=report, wants_triggered=True)

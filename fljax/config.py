@@ -17,6 +17,7 @@ from fljax import aggregators
 from fljax import attacks
 from fljax import data
 from fljax import errors
+from fljax import evaluate
 from fljax import execution
 from fljax import layers
 from fljax import local
@@ -37,6 +38,8 @@ TRAINING_BASELINES = ("nc-unlearn", "fine-pruning", "fst")
 # A value of --pruning that needs no report.
 GAIN = "gain"
 _LARGEST = 2**31 - 1
+# Of Δ; where clients report accuracies, each of all.
+_MOST_STEPS = 10_000
 # Settings that are paths, or may be.
 _PATHS = ("workdir", "data_dir", "trained_in", "compilation_cache", "dataset")
 
@@ -328,14 +331,14 @@ class Config:
   )
   attack_start: int = _setting(
     0,
-    "Rounds before the attackers begin to attack.",
+    "Rounds of training before the attackers begin to attack.",
     low=0,
     structure=False,
   )
   attack_rounds: int = _setting(
     0,
     "Rounds of training for which they attack, and train as benign clients do"
-    " after them; 0 is to its end. They attack again in all of fine-tuning.",
+    " after them; 0 is to its end. In fine-tuning they attack in any case.",
     low=0,
     structure=False,
   )
@@ -383,7 +386,7 @@ class Config:
     "victim",
     "What attack success is measured on: stamped test images of the victim"
     " label, or of all 'others' than the target label.",
-    choices=("victim", "others"),
+    choices=evaluate.OVER,
   )
 
   # Cleansing.
@@ -733,6 +736,12 @@ class Config:
       raise errors.ConfigError(
         "--population=host needs --clients_per_round: without it, every"
         " client is on the device in every round."
+      )
+    steps = self.delta_start / self.delta_step
+    if steps > _MOST_STEPS:
+      raise errors.ConfigError(
+        f"--delta_step={self.delta_step:g} makes {steps:.0f} steps from"
+        f" --delta_start={self.delta_start:g}; there may be {_MOST_STEPS}."
       )
     if self.process_id >= self.num_processes:
       raise errors.ConfigError(

@@ -169,18 +169,37 @@ def require_usable(images: np.ndarray, labels: np.ndarray) -> None:
     labels: theirs.
 
   Raises:
-    errors.DataError: floating point images are not in [0, 1], to which they
-      would be limited, or a label is negative, and would be a last one.
+    errors.DataError: images are not [n, height, width, channels]; labels are
+      not n integers from 0, of which a negative one would be a last one;
+      integer images are not in 0..255 or floating point ones not in [0, 1], to
+      which they would be limited.
   """
-  if len(labels) and np.min(labels) < 0:
-    raise errors.DataError(f"label {np.min(labels)} is none: they are from 0.")
-  if len(images) and np.issubdtype(np.asarray(images).dtype, np.floating):
-    low, high = np.min(images), np.max(images)
-    if not (low >= 0 and high <= 1):
-      raise errors.DataError(
-        f"floating point images must be in [0, 1]; these are from {low:g} to"
-        f" {high:g}."
-      )
+  images, labels = np.asarray(images), np.asarray(labels)
+  if images.ndim != 4:
+    raise errors.DataError(
+      "images must be [n, height, width, channels]; these are"
+      f" {list(images.shape)}."
+    )
+  if labels.shape != images.shape[:1] or not (
+    np.issubdtype(labels.dtype, np.integer) or not labels.size
+  ):
+    raise errors.DataError(
+      f"labels of {len(images)} images must be as many integers; these are"
+      f" {labels.dtype} {list(labels.shape)}."
+    )
+  if labels.size and labels.min() < 0:
+    raise errors.DataError(f"label {labels.min()} is none: they are from 0.")
+  if not images.size or images.dtype in (np.uint8, np.bool_):
+    return
+  # Of types that are not NumPy's own, bfloat16 is one.
+  integers = np.issubdtype(images.dtype, np.integer)
+  low, high = float(images.min()), float(images.max())
+  if not (low >= 0 and high <= (255 if integers else 1)):
+    raise errors.DataError(
+      f"{'integer' if integers else 'floating point'} images must be in"
+      f" {'0..255' if integers else '[0, 1]'}; these are from {low:g} to"
+      f" {high:g}."
+    )
 
 
 def cache_dir() -> Path:

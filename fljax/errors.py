@@ -5,6 +5,8 @@ do. The command line prints that sentence and no traceback; from Python they
 are ordinary exceptions. A bug raises something else.
 """
 
+from collections.abc import Iterable
+
 
 class FljaxError(Exception):
   """Base of every error whose message is meant for the user."""
@@ -32,6 +34,25 @@ class DivergedError(FljaxError):
 
 class InterruptedRunError(FljaxError):
   """The run was asked to stop; what was saved last is where it goes on."""
+
+
+def require_choice(
+  setting: str, value: object, choices: Iterable[object]
+) -> None:
+  """Refuses what is none of the choices.
+
+  Args:
+    setting: what is chosen, for the message.
+    value: the choice.
+    choices: all that there are.
+
+  Raises:
+    ConfigError: it is none of them.
+  """
+  known = list(choices)
+  if value not in known:
+    names = ", ".join(map(str, known))
+    raise ConfigError(f"unknown {setting} {value!r}: choose one of {names}.")
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fljax import data
+from fljax import errors
 from fljax import execution
 from fljax import models
 from fljax import triggers
@@ -54,8 +55,7 @@ def batched(
     The batches.
 
   Raises:
-    errors.DataError: floating point images are not in [0, 1], or a label is
-      negative.
+    errors.DataError: see `data.require_usable`.
   """
   data.require_usable(images, labels)
   number = max(len(images), at_least, 1)
@@ -72,6 +72,10 @@ def batched(
     labels=shape(np.asarray(labels, np.int32)),
     mask=shape(np.ones(len(images), bool)),
   )
+
+
+# Which images AA may be measured on.
+OVER = ("victim", "others")
 
 
 def backdoored(
@@ -99,14 +103,22 @@ def backdoored(
 
   Returns:
     The examples.
+
+  Raises:
+    errors.ConfigError: over is neither, or the trigger is for other images.
+    errors.DataError: see `batched`.
   """
+  errors.require_choice("over", over, OVER)
+  images, labels = np.asarray(images), np.asarray(labels)
+  data.require_usable(images, labels)
+  frequencies = np.bincount(labels, minlength=1)
   if over == "victim":
     chosen = labels == victim_label
     # One shape for all victims: that of the most frequent label.
-    room = int(np.bincount(labels).max())
+    room = int(frequencies.max())
   else:
     chosen = labels != target_label
-    room = len(labels) - int(np.bincount(labels).min())
+    room = len(labels) - int(frequencies.min())
   stamped = np.asarray(triggers.stamp(jnp.asarray(images[chosen]), trigger))
   targets = np.full(len(stamped), target_label)
   return batched(stamped, targets, batch_size=batch_size, at_least=room)

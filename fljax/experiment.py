@@ -316,9 +316,7 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
       last_conv_l2=config.last_conv_l2,
       precision=config.precision,
       augmentation=config.augment,
-      attackers_hook=attack.local,
-      attackers_start=attack.start,
-      attackers_loss=attack.loss,
+      **attack.in_steps,
     ),
     attack=attack,
     aggregator=_aggregator(config, tuning.get("aggregation")),
@@ -402,6 +400,9 @@ def schedule(config: Config) -> Callable[[Array], Array] | None:
   fall = 1 - config.final_learning_rate / config.learning_rate
 
   def factor(done: Array) -> Array:
+    if not config.rounds:
+      # There is but fine-tuning, which goes by the last one.
+      return jnp.float32(1 - fall)
     return 1 - fall * jnp.minimum(done / max(config.rounds - 1, 1), 1)
 
   return factor

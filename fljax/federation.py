@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fljax import data
+from fljax import errors
 from fljax import partition as partitions
 from fljax import triggers
 
@@ -101,11 +102,15 @@ def create(
     local steps as they are.
 
   Raises:
-    errors.DataError: floating point images are not in [0, 1], or a label is
-      negative.
+    errors.DataError: see `data.require_usable`.
+    errors.ConfigError: there are more attackers than clients.
   """
   data.require_usable(images, labels)
   clients = partition.indices.shape[0]
+  if num_attackers > clients:
+    raise errors.ConfigError(
+      f"{num_attackers} attackers are more than the {clients} clients."
+    )
   ids = np.arange(clients, dtype=np.int32)
   pieces = pieces or [triggers.from_pixels([], images.shape[1:])]
   end = attack_start + attack_rounds if attack_rounds else NEVER

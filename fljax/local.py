@@ -13,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from fljax import errors
 from fljax import execution
 from fljax import federation as federations
 from fljax import models
@@ -127,10 +128,14 @@ def augment(key: Array, images: Array, kind: str) -> Array:
   Returns:
     Images of the same shape and type.
 
+  Raises:
+    errors.ConfigError: there is no such kind.
+
   References:
     The usual ones for CIFAR-10, from Deep Residual Learning for Image
     Recognition (He, Zhang, Ren, Sun), Section 4.2.
   """
+  errors.require_choice("augmentation", kind, AUGMENTATIONS)
   for index, change in enumerate(AUGMENTATIONS[kind]):
     images = change(jax.random.fold_in(key, index), images)
   return images

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import inspect
+import itertools
 from typing import Any
 from typing import NamedTuple
 from typing import cast
@@ -361,11 +362,30 @@ def from_flax(
 
   Raises:
     errors.ConfigError: the modules do not fit this form. All checks are done
-      here, before anything is trained: parts that do not fit together, a mean
-      or std of other channels, another state, no unique kernel, φ(0) ≠ 0,
-      neurons that are no one's own, a wrong number of logits.
+      here, before anything is trained: modules that are none of Flax's linen
+      (of its nnx, `flax.nnx.bridge.ToLinen` makes one), parts that do not fit
+      together, a mean or std of other channels, another state, no unique
+      kernel, φ(0) ≠ 0, neurons that are no one's own, a wrong number of
+      logits.
   """
   modules = {"stem": stem, "target": target, "head": head}
+  for part, module in modules.items():
+    missing = part == "stem" and module is None
+    if not (missing or isinstance(module, nn.Module)):
+      raise errors.ConfigError(
+        f"the model's {part} must be a flax.linen.Module, not"
+        f" {type(module).__name__}; flax.nnx.bridge.ToLinen makes one of a"
+        " module of nnx."
+      )
+  channels = image_shape[-1]
+  for name, values in (("mean", mean), ("std", std)):
+    if np.ndim(values) != 1 or len(values) not in (1, channels):
+      raise errors.ConfigError(
+        f"{name} is {values}; images of {channels} channels need one value of"
+        " each, or one for all, in a tuple."
+      )
+  if min(std) <= 0:
+    raise errors.ConfigError(f"std must be positive, not {min(std):g}.")
   # Models are told apart by what they hold.
   image_shape = cast(tuple[int, int, int], tuple(image_shape))
   kernel = None if kernel is None else tuple(kernel)
@@ -467,15 +487,6 @@ def from_flax(
       f"the model does not accept images of {image_shape}:"
       f" {errors.first_line(error)}"
     ) from error
-  channels = image_shape[-1]
-  for name, values in (("mean", mean), ("std", std)):
-    if len(values) not in (1, channels):
-      raise errors.ConfigError(
-        f"{name} has {len(values)} values; images of {channels} channels need"
-        " one of each, or one for all."
-      )
-  if min(std) <= 0:
-    raise errors.ConfigError(f"std must be positive, not {min(std):g}.")
   neurons = active.shape[-1]
   if logits.shape != (1, num_classes):
     raise errors.ConfigError(
@@ -565,6 +576,21 @@ def _positive(shapes: Any, rng: np.random.Generator) -> Any:
   )
 
 
+def _moderate(shapes: Any, rng: np.random.Generator) -> Any:
+  """Likewise, but kernels of both signs, whose sums are neither large nor tiny.
+
+  A gate that mixes neurons is not open or closed all the way then.
+  """
+
+  def draw(leaf: Any) -> Array:
+    if leaf.ndim < 2:
+      return jnp.asarray(rng.uniform(0.1, 1, leaf.shape), leaf.dtype)
+    fan_in = np.prod(leaf.shape[:-1])
+    return jnp.asarray(rng.normal(0, 1.5 / fan_in**0.5, leaf.shape), leaf.dtype)
+
+  return jax.tree.map(draw, shapes)
+
+
 def _check_removable(model: Model, target: Any, hidden: Any) -> None:
   """A neuron is removed by zeroing what is its own; no other may notice."""
   rng = np.random.default_rng(0)
@@ -575,11 +601,14 @@ def _check_removable(model: Model, target: Any, hidden: Any) -> None:
   def activations(params: Params, inputs: Array) -> Array:
     return model.activations(params, inputs)
 
-  params = {"target": _positive(target, rng)}
   inputs = _positive(hidden, rng)
-  before = activations(params, inputs)
   stays = jnp.arange(model.neurons) % 2 == 1
-  for mask in (stays, jnp.zeros_like(stays)):
+  for own, mask in itertools.product(
+    (_positive(target, rng), *(_moderate(target, rng) for _ in range(3))),
+    (stays, ~stays, jnp.zeros_like(stays)),
+  ):
+    params = {"target": own}
+    before = activations(params, inputs)
     after = activations(mask_neurons(model, params, mask), inputs)
     if (after[..., ~mask] != 0).any():
       raise errors.ConfigError(
@@ -588,7 +617,10 @@ def _check_removable(model: Model, target: Any, hidden: Any) -> None:
         " convolution, batch normalisation if any, and an activation function"
         " with φ(0) = 0, such as ReLU."
       )
-    if not jnp.allclose(after[..., mask], before[..., mask], rtol=1e-3):
+    rounding = 1e-5 * jnp.abs(before).max()
+    if not jnp.allclose(
+      after[..., mask], before[..., mask], rtol=1e-3, atol=rounding
+    ):
       raise errors.ConfigError(
         "the model's target mixes its neurons: removing one changes others. It"
         " must be one convolution, batch normalisation if any, and an"

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import data
 from fljax import federation as federations
 from fljax import parallel
 from fljax import partition as partitions
@@ -60,9 +61,14 @@ class Population:
       attack_rounds: for how many rounds they do; 0 for good.
       mesh: see above.
       chunk: see above.
+
+    Raises:
+      errors.DataError, errors.ConfigError: see `federation.create`.
     """
     self._images, self._indices = images, partition.indices
     self.mesh, self.chunk = mesh, chunk
+    # Below, those of size zero stand for the images.
+    data.require_usable(images, labels)
     # Of the images' shape, which those of size zero below do not have.
     pieces = pieces or [triggers.from_pixels([], images.shape[1:])]
     create = functools.partial(
@@ -133,7 +139,7 @@ def for_fine_tuning(
 ) -> Any:
   """The same clients with another amplification and other local steps.
 
-  Attackers attack in all of fine-tuning, also if in training they no longer do.
+  Attackers attack in all of fine-tuning, whenever in training they do.
 
   Args:
     clients: all of them.
@@ -152,6 +158,7 @@ def for_fine_tuning(
   return clients.replace(
     scale=scale,
     rate=jnp.float32(rate) * clients.rate,
+    attack_start=jnp.zeros_like(clients.attack_start),
     attack_end=jnp.full_like(clients.attack_end, federations.NEVER),
   )
 

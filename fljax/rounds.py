@@ -21,6 +21,7 @@ import numpy as np
 
 from fljax import aggregators
 from fljax import attacks
+from fljax import errors
 from fljax import evaluate
 from fljax import federation as federations
 from fljax import local
@@ -51,9 +52,9 @@ class RoundMetrics(struct.PyTreeNode):
   """What a round, or the last of a block, tells.
 
   Attributes:
-    loss: float32 scalar, mean training loss over the cohort's clients, or over
-      those of a finite loss if the aggregator is no weighted sum. 0 if there
-      was no round.
+    loss: float32 scalar, mean training loss over the cohort's clients that
+      have samples, or over those of a finite loss if the aggregator is no
+      weighted sum. 0 if there was no round.
     bad_round: int32 scalar, the first round (from 1) whose loss or model was
       not finite; 0 if there was none.
     accuracies: float32 scalars by name, of the model after the round on each
@@ -186,7 +187,15 @@ def make_round(
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Sections III-A, III-C and IV-B (Equation 2).
+
+  Raises:
+    errors.ConfigError: the chunk is below 0; or, by the round, the cohort is
+      larger than the federation.
   """
+  if client_chunk < 0:
+    raise errors.ConfigError(
+      f"client_chunk={client_chunk}: it is from 0, which trains all at once."
+    )
 
   def local_update(
     common: tuple[Params, Array, Array],
@@ -208,6 +217,7 @@ def make_round(
     state: ServerState, federation: federations.Federation, key: Array
   ) -> tuple[ServerState, RoundMetrics]:
     _, client_key = jax.random.split(jax.random.fold_in(key, state.round))
+    _check_cohort(cohort_size, federation.num_clients)
     if 0 < cohort_size < federation.num_clients:
       ids = federation.ids[: federation.num_clients]
       chosen = chosen_in_round(ids, cohort_size, key, state.round)
@@ -246,13 +256,15 @@ def make_round(
       lambda old, change: old + server_rate * change, state.params, update
     )
     params = models.mask_neurons(model, params, state.neuron_mask)
+    trains = weights > 0
     if aggregator.shares is None:
       # A rule that withstands a client whose training is not finite shall not
       # be stopped by that client's loss.
-      losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
-      loss = jnp.nanmean(losses)
+      known = trains & jnp.isfinite(losses)
+      loss = jnp.nanmean(jnp.where(known, losses, jnp.nan))
     else:
-      loss = losses.mean()
+      count = jnp.maximum(trains.astype(losses.dtype).sum(), 1)
+      loss = jnp.where(trains, losses, 0).sum() / count
     finite = jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
       finite &= jnp.isfinite(leaf).all()
@@ -339,6 +351,8 @@ def make_streamed_block(
       jnp.asarray(bits), impl=jax.random.key_impl(key)
     )
 
+    _check_cohort(cohort_size, federation.num_clients)
+
     def cohort(index: int) -> federations.Federation:
       ids = federation.clients.ids
       chosen = choose(ids, cohort_size, own_key, np.int32(index))
@@ -358,6 +372,13 @@ def make_streamed_block(
     )
 
   return run
+
+
+def _check_cohort(size: int, clients: int) -> None:
+  if size > clients:
+    raise errors.ConfigError(
+      f"a cohort of {size} clients is more than the {clients} that there are."
+    )
 
 
 def _no_round() -> RoundMetrics:

@@ -55,8 +55,9 @@ def stamp(images: Array, trigger: Trigger) -> Array:
     shape = ()
   if shape != images.shape:
     raise errors.ConfigError(
-      f"a trigger for images of {value.shape[-3:]} cannot be stamped on images"
-      f" of {images.shape[-3:]}."
+      f"a trigger of {value.shape[-3:]}, its mask of {trigger.mask.shape[-3:]},"
+      f" cannot be stamped on images of {images.shape[-3:]}: value and images"
+      " have height, width and channels, the mask height, width and 1."
     )
   if jnp.issubdtype(images.dtype, jnp.integer):
     value = jnp.round(value * 255)
@@ -161,10 +162,7 @@ def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
     Zhu, Yang, Mitra), Fig. 1 and Fig. 4; BadNets (Gu, Dolan-Gavitt, Garg);
     DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.).
   """
-  if name not in TRIGGERS:
-    raise errors.ConfigError(
-      f"unknown trigger {name!r}: choose one of {', '.join(TRIGGERS)}."
-    )
+  errors.require_choice("trigger", name, TRIGGERS)
   return TRIGGERS[name](image_shape)
 
 

@@ -137,13 +137,57 @@ def test_attackers_begin_and_end_in_their_rounds(start, attack_rounds, index):
   tuning = populations.for_fine_tuning(federation, gamma=2.0)
   for clients, expected in (
     (federation, attacking),
-    # There it does not end.
-    (tuning, index >= start),
+    # There they always do.
+    (tuning, True),
   ):
     active = federations.active_attackers(clients, jnp.asarray(index))
     assert int(active.sum()) == 2 * expected
     counted = federations.training_mask(clients, active)
     assert bool((counted & clients.poisoned).any()) == expected
+
+
+@given(seed=st.integers(0, 99))
+def test_each_of_two_backdoors_poisons_its_own_victims(seed):
+  federation, _ = make_federation(attackers=0)
+  # Images that say what they are; one attacker that holds all labels.
+  true = jnp.arange(40, dtype=jnp.int32) % 4
+  federation = federation.replace(
+    images=jnp.broadcast_to(
+      true[:, None, None, None].astype(jnp.uint8), (4, 40, 8, 8, 1)
+    ),
+    labels=jnp.broadcast_to(true, (4, 40)),
+    mask=jnp.ones((4, 40), bool),
+    poisoned=jnp.zeros((4, 40), bool),
+    attacker=jnp.arange(4) == 1,
+  )
+  both = attacks.chain(
+    attacks.backdoor(victim_label=1, target_label=0, fraction=0.3),
+    attacks.backdoor(victim_label=0, target_label=3, fraction=0.3),
+  )
+  after = both.data(federation, jax.random.key(seed))
+  pairs = {
+    (int(image), int(label))
+    for image, label in zip(
+      after.images[after.poisoned][:, 0, 0, 0],
+      after.labels[after.poisoned],
+      strict=True,
+    )
+  }
+  assert pairs == {(1, 0), (0, 3)}
+
+
+@pytest.mark.parametrize("name", sorted(attacks.REPORTS))
+def test_reports_are_of_clients_and_not_of_padding(name):
+  federation, _ = make_federation(attackers=2)
+  padded = federation.replace(padding=1)
+  honest = jnp.asarray(np.random.default_rng(0).random((3, 5)), jnp.float32)
+  for kind in ("accuracies", "activations"):
+    values = {"kind": kind, "triggered": 2 * honest}
+    sent = attacks.REPORTS[name].report(honest, padded, **values)
+    whole = jnp.concatenate([honest, honest[:1]])
+    values["triggered"] = 2 * whole
+    expected = attacks.REPORTS[name].report(whole, federation, **values)
+    chex.assert_trees_all_equal(sent, expected[:3])
 
 
 @pytest.mark.parametrize("name", sorted(attacks.REPORTS))

@@ -96,6 +96,7 @@ def test_every_range_is_checked(field):
     ({"attacker_avoids": "1,-2"}, "numbered from 0"),
     ({"attacker_gain": 0.5}, "must be 0 or at least 1"),
     ({"workdir": ""}, "workdir must not be empty"),
+    ({"delta_start": 1000.0, "delta_step": 0.001}, "makes 1000000 steps"),
     *(
       ({name: "~no-such-user/x.npz"}, f"--{name}=~no-such-user/x.npz is in the")
       for name in config._PATHS

@@ -5,6 +5,7 @@ from conftest import Head
 from conftest import Stem
 from conftest import Target
 from flax import linen as nn
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -199,6 +200,16 @@ class _Two(nn.Module):
     return nn.relu(nn.Conv(5, (3, 3))(nn.Conv(5, (3, 3))(x)))
 
 
+class _Gated(nn.Module):
+  """Squeeze and excitation, whose gates large activations open for good."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(6, (3, 3))(x))
+    gate = nn.relu(nn.Dense(3)(x.mean((1, 2), keepdims=True)))
+    return x * nn.sigmoid(nn.Dense(6)(gate))
+
+
 class _Norm(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -235,8 +246,15 @@ class _Narrow(nn.Module):
     ({"stem": _Counter()}, "the model's stem keeps count"),
     ({"num_classes": 9}, r"must give\s+\(1, 9\)"),
     ({"head": _Narrow()}, "does not accept images"),
-    ({"mean": (0.1, 0.2, 0.3)}, "mean has 3 values; images of 1 channels"),
+    ({"mean": (0.1, 0.2, 0.3)}, r"mean is \(0.1, 0.2, 0.3\); images of 1 chan"),
+    ({"mean": 0.5}, "mean is 0.5; images of 1 channels"),
     ({"std": (0.0,)}, "std must be positive"),
+    ({"target": _Gated(), "kernel": ("Conv_0", "kernel")}, "mixes its neurons"),
+    ({"target": None, "stem": None}, r"target must be a flax\.linen\.Module"),
+    (
+      {"head": nnx.Linear(3, 3, rngs=nnx.Rngs(0))},
+      r"head must be a flax\.linen\.Module, not Linear; .*ToLinen",
+    ),
   ],
 )
 def test_what_is_no_model_is_refused(changes, message):

@@ -270,6 +270,26 @@ def test_the_first_bad_round_is_told(model):
 
 
 @pytest.mark.parametrize(
+  "aggregator",
+  [aggregators.mean(), aggregators.median()],
+  ids=["mean", "median"],
+)
+def test_the_loss_is_that_of_clients_with_samples(model, aggregator):
+  federation, attack = make_federation(attackers=0)
+  run = jax.jit(make_round(model, attack, aggregator=aggregator))
+  alone = federation.replace(mask=federation.mask.at[1:].set(False))
+  losses = []
+  for client in range(4):
+    only = federation.replace(
+      mask=federation.mask & (jnp.arange(4) == client)[:, None]
+    )
+    losses.append(float(run(make_state(model), only, KEY)[1].loss))
+  loss = float(run(make_state(model), federation, KEY)[1].loss)
+  assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+  assert float(run(make_state(model), alone, KEY)[1].loss) == losses[0] > 0.5
+
+
+@pytest.mark.parametrize(
   "aggregator, stands",
   [(aggregators.mean(), False), (aggregators.trimmed_mean(0.25), True)],
   ids=["mean", "trimmed_mean"],

@@ -85,7 +85,7 @@ def test_dba_pieces_are_disjoint_and_make_the_whole(shape, sizes):
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 9, 3), (8, 3)])
 def test_images_of_another_shape_are_not_stamped(shape):
   trigger = triggers.from_pixels([(0, 0)], (8, 8, 3))
-  with pytest.raises(errors.ConfigError, match="trigger for images of"):
+  with pytest.raises(errors.ConfigError, match="cannot be stamped on images"):
     triggers.stamp(jnp.zeros(shape), trigger)
 
 

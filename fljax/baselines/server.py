@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fljax import data
 from fljax import errors
 from fljax import evaluate
 from fljax import execution
@@ -137,12 +138,16 @@ def train(
 
   Raises:
     errors.ConfigError: there is no image to train on.
+    errors.DataError: see `data.require_usable`.
   """
   params = models.mask_neurons(model, params, neuron_mask)
   if not epochs:
     return params
   if not len(labels):
     raise errors.ConfigError("no images were given to train on.")
+  # Of several processes, none has all that lies on their devices.
+  if getattr(images, "is_fully_addressable", True):
+    data.require_usable(np.asarray(images), np.asarray(labels))
   arguments = jax.tree.map(jnp.asarray, arguments)
   params, neuron_mask, alone, arguments, key = parallel.replicate(
     (params, neuron_mask, _alone(model, images, labels), arguments, key), mesh

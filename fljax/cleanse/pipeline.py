@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import errors
 from fljax import evaluate
 from fljax import federation as federations
 from fljax import models
@@ -181,12 +182,14 @@ def prune(
     come last in the order.
 
   Raises:
-    errors.ConfigError: no row is finite.
+    errors.ConfigError: no row is finite, or there is no such method or drop.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
   """
+  errors.require_choice("method", method, pruning.SCORES)
+  errors.require_choice("drop_of", drop_of, selection.DROPS)
   if neuron_mask is None:
     neuron_mask = jnp.ones(means.shape[1], bool)
   living, gone = jnp.flatnonzero(neuron_mask), jnp.flatnonzero(~neuron_mask)
@@ -299,6 +302,9 @@ def fine_tune(
   | None = None,
 ) -> FineTuned:
   """Trains on with everybody, attackers included, under the neuron mask.
+
+  Those whose attack ended in training (`Federation.attack_end`) attack again
+  if the clients come from `population.for_fine_tuning`.
 
   It is federated training and nothing else: pruned neurons stay at zero
   because the server's state carries the mask (`rounds.ServerState`).

@@ -78,8 +78,9 @@ def pruning_count(
     The number of neurons; that which falls too far is not among them.
 
   Raises:
-    KeyError: drop_of is neither.
+    errors.ConfigError: drop_of is neither.
   """
+  errors.require_choice("drop_of", drop_of, DROPS)
   return DROPS[drop_of](accuracies, max_drop)
 
 

@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fljax import errors
 from fljax import evaluate
 from fljax import execution
 from fljax import federation as federations
@@ -34,10 +35,14 @@ def statistics(
   Returns:
     μ and σ (of the population), scalars; 0 if no neuron survives.
 
+  Raises:
+    errors.ConfigError: over is neither.
+
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-C.
   """
+  errors.require_choice("statistics", over, STATISTICS)
   keep = neuron_mask | (over == "all")
   keep = keep.reshape((1,) * (kernel.ndim - 1) + (-1,))
   counted = jnp.broadcast_to(keep, kernel.shape).astype(kernel.dtype)
@@ -125,7 +130,14 @@ def delta_steps(start: float, step: float) -> np.ndarray:
 
   Returns:
     float64 [steps], decreasing.
+
+  Raises:
+    errors.ConfigError: one is not positive.
   """
+  if not (start > 0 and step > 0):
+    raise errors.ConfigError(
+      f"Δ falls from {start:g} by {step:g}: both must be positive."
+    )
   count = int(np.ceil(start / step - 1e-9))
   return np.round(start - step * np.arange(count), 9)
 

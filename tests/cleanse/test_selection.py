@@ -64,7 +64,7 @@ def test_what_a_drop_is_of(accuracies, total, neuron):
   for drop_of, count in (("total", total), ("neuron", neuron)):
     found = selection.pruning_count(np.asarray(accuracies), 0.01, drop_of)
     assert found == count, drop_of
-  with pytest.raises(KeyError):
+  with pytest.raises(errors.ConfigError, match="unknown drop_of 'neurons'"):
     selection.pruning_count(np.asarray(accuracies), 0.01, "neurons")
 
 
