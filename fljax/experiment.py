@@ -487,6 +487,50 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
       return drive(setup(config), workdir, console, stop)
 
 
+def load(
+  workdir: str, *, phase: str = "", data_dir: str = ""
+) -> tuple[Experiment, rounds.ServerState]:
+  """What a run's folder describes, and a model that it holds.
+
+  Args:
+    workdir: the folder; nothing in it is changed.
+    phase: whose model, by its name in results.json; empty is the one that the
+      run ended with, or stands at. Side results ("fp+aw", baselines) have a
+      name only.
+    data_dir: as in the settings, of data sets that are not bundled.
+
+  Returns:
+    The experiment, as `setup` makes it, and the server's state with the
+    model, `state.params`, and its mask, `state.neuron_mask`.
+
+  Raises:
+    errors.WorkdirError: the folder holds no run, a run of other settings than
+      there are, or of other data, or no such phase.
+    errors.CheckpointError: the checkpoint is damaged.
+    errors.DataError: the data set cannot be had.
+  """
+  folder = Path(workdir).expanduser()
+  settings, data_sha256 = workdirs.read_settings(folder)
+  unknown = sorted(settings.keys() - Config.defaults().keys())
+  if unknown:
+    raise errors.WorkdirError(
+      f"{folder} is of another version of fljax: it has the settings"
+      f" {', '.join(unknown)}."
+    )
+  config = Config(**settings, workdir=str(folder), data_dir=data_dir)
+  experiment = setup(config)
+  if experiment.data_sha256 != data_sha256:
+    raise errors.WorkdirError(
+      f"{folder} is of other data: data_sha256 is {data_sha256} there,"
+      f" {experiment.data_sha256} here."
+    )
+  like = experiment.init_state()
+  state = workdirs.read_state(folder, like, phase)
+  return experiment, parallel.replicate(
+    jax.tree.map(jnp.asarray, state), experiment.mesh
+  )
+
+
 def check_finished(
   folders: Iterable[workdirs.Workdir | workdirs.Shared],
   config: Config,

@@ -619,6 +619,49 @@ class Shared:
     parallel.on_first(lambda: write(self._own))
 
 
+def read_settings(workdir: Path) -> tuple[dict[str, Any], str]:
+  """The settings of a run, and its data set's digest.
+
+  Raises:
+    errors.WorkdirError: the folder holds no run, or config.json is damaged.
+  """
+  path = workdir / CONFIG
+  if not path.exists():
+    raise errors.WorkdirError(f"{workdir} holds no run: there is no {CONFIG}.")
+  settings = _read_json(path)
+  return settings, str(settings.pop(DATA_SHA256, ""))
+
+
+def read_state(workdir: Path, like: Any, phase: str = "") -> Any:
+  """A state of a run; nothing in its folder is touched.
+
+  Args:
+    workdir: the folder.
+    like: as in `Workdir.restore`.
+    phase: the phase that it ended; empty is where the run stands.
+
+  Returns:
+    A pytree of NumPy arrays.
+
+  Raises:
+    errors.WorkdirError: that phase has not ended there.
+    errors.CheckpointError: the checkpoint is damaged.
+  """
+  ended = []
+  for _, path in reversed(list_checkpoints(workdir)):
+    progress = read_progress(path)
+    wanted = progress.complete and progress.phase == phase
+    if wanted or not (phase or progress.side):
+      return read_checkpoint(path, like)
+    if progress.complete:
+      ended.append(progress.phase)
+  which = f"the end of phase {phase}" if phase else "a model"
+  raise errors.WorkdirError(
+    f"{workdir} has no checkpoint of {which}; there are those of"
+    f" {', '.join(reversed(ended)) or 'none'}."
+  )
+
+
 def read_results(path: Path) -> dict[str, Any]:
   """The contents of a results.json.
 

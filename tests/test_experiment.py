@@ -27,6 +27,7 @@ from fljax import attacks
 from fljax import config as configs
 from fljax import console
 from fljax import errors
+from fljax import evaluate
 from fljax import experiment
 from fljax import models
 from fljax import networks
@@ -529,6 +530,9 @@ def test_the_learning_rate_falls_to_its_last_round_and_stays(config):
   assert config.last_learning_rate == 0.04
   constant = _with(config, final_learning_rate=0.0)
   assert experiment.schedule(constant) is None
+  # Where there is but fine-tuning, whose rate is relative to the last one.
+  none = experiment.schedule(_with(config, rounds=0))
+  assert float(none(0)) == pytest.approx(float(factor(config.rounds)))
   assert constant.last_learning_rate == 0.2
 
 
@@ -607,6 +611,44 @@ def test_a_folder_is_free_after_a_model_of_other_data_was_refused(
     experiment.run(taking, quiet=True)
   record.write_text(text)
   assert experiment.run(taking, quiet=True)["phases"]
+
+
+def test_a_model_is_loaded_from_a_folder_that_stays_as_it_is(config):
+  results = experiment.run(config, quiet=True)
+  folder = Path(config.workdir)
+
+  def files():
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+  before = files()
+  for phase in (*results["phases"], {**results["phases"][-1], "name": ""}):
+    loaded, state = experiment.load(config.workdir, phase=phase["name"])
+    assert loaded.config == dataclasses.replace(
+      config, figures=loaded.config.figures
+    )
+    for name, examples in (
+      ("test_accuracy", loaded.test),
+      ("attack_success", loaded.backdoored),
+    ):
+      measured = evaluate.measure(loaded.model, state.params, examples)
+      assert float(measured) == phase[name]
+  _, _, last = _final(config)
+  chex.assert_trees_all_equal(jax.tree.map(np.asarray, state), last)
+  assert files() == before
+  with pytest.raises(
+    errors.WorkdirError, match=r"phase fst; .* training, fp, "
+  ):
+    experiment.load(config.workdir, phase="fst")
+  with pytest.raises(errors.WorkdirError, match="holds no run"):
+    experiment.load(str(folder / "figures"))
+  text = (folder / "config.json").read_text()
+  for changed, message in (
+    (text.replace('"data_sha256": "', '"data_sha256": "0'), "of other data"),
+    (text.replace("{", '{"newer": 1,', 1), "another version .* newer"),
+  ):
+    (folder / "config.json").write_text(changed)
+    with pytest.raises(errors.WorkdirError, match=message):
+      experiment.load(config.workdir)
 
 
 # --- interruptions -----------------------------------------------------------
