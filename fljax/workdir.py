@@ -674,6 +674,8 @@ def read_results(path: Path) -> dict[str, Any]:
   Raises:
     errors.WorkdirError: it cannot be read, or is something else.
   """
+  if not path.exists():
+    raise errors.WorkdirError(f"there is no {path}.")
   results = _read_json(path)
   phases = results.get("phases")
   if (

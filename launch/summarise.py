@@ -18,6 +18,8 @@ def main(folders: list[str]) -> int:
       runs.append(workdir.read_results(Path(folder) / workdir.RESULTS))
     except errors.WorkdirError as error:
       print(f"fljax: {error}", file=sys.stderr)
+      if any(Path(folder).glob(f"*/{workdir.RESULTS}")):
+        print(f"fljax: a sweep's runs are {folder}/*", file=sys.stderr)
       return 2
   ignored = ("seed", "figures")
   settings = [

@@ -81,7 +81,7 @@ def test_the_summary_averages_over_runs():
 
 @pytest.mark.parametrize(
   "content, message",
-  [(None, "No such file"), ("{", "damaged"), ('{"phases": []}', "damaged")],
+  [(None, "there is no"), ("{", "damaged"), ('{"phases": []}', "damaged")],
 )
 def test_the_summary_of_what_is_no_run_is_refused(tmp_path, content, message):
   if content is not None:
@@ -94,6 +94,19 @@ def test_the_summary_of_what_is_no_run_is_refused(tmp_path, content, message):
   )
   assert process.returncode == 2 and message in process.stderr
   assert "Traceback" not in process.stderr
+
+
+def test_the_summary_of_a_sweeps_folder_says_what_its_runs_are(tmp_path):
+  (tmp_path / "seed=0").mkdir()
+  (tmp_path / "seed=0" / "results.json").write_text("{}")
+  process = subprocess.run(
+    [sys.executable, str(ROOT / "launch/summarise.py"), str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 2
+  assert f"a sweep's runs are {tmp_path}/*" in process.stderr
 
 
 def test_the_table_of_a_sweep_shows_every_experiment_and_averages():

@@ -13,11 +13,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = "launch/results/README.md"
 
 
-def test_the_example_runs(capsys):
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-  pruned, _, zeroed = capsys.readouterr().out.split()
+def test_the_examples_run(capsys):
+  blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert len(blocks) == 2
+  names = {"__name__": "readme"}
+  for code in blocks:  # One goes on from the other.
+    exec(compile(code, "README.md", "exec"), names)
+  pruned, _, zeroed, kept, success = capsys.readouterr().out.split()
   assert int(pruned) >= 0 and int(zeroed) >= 0
+  assert 0 <= int(kept) <= 1 and 0 <= float(success) <= 1
 
 
 @pytest.mark.parametrize("document", ["README.md", RESULTS])
