@@ -303,8 +303,8 @@ def fine_tune(
 ) -> FineTuned:
   """Trains on with everybody, attackers included, under the neuron mask.
 
-  Those whose attack ended in training (`Federation.attack_end`) attack again
-  if the clients come from `population.for_fine_tuning`.
+  With clients from `population.for_fine_tuning`, those attack too whose rounds
+  (`Federation.attack_start`, `attack_end`) are past or to come.
 
   It is federated training and nothing else: pruned neurons stay at zero
   because the server's state carries the mask (`rounds.ServerState`).
