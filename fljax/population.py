@@ -139,7 +139,7 @@ def for_fine_tuning(
 ) -> Any:
   """The same clients with another amplification and other local steps.
 
-  Attackers attack in all of fine-tuning, in whatever rounds of training they do.
+  Attackers attack in all of fine-tuning, whenever they do so in training.
 
   Args:
     clients: all of them.
