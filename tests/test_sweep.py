@@ -502,7 +502,8 @@ def test_a_sweep_takes_over_what_another_has_trained(folder):
     first, second = (
       json.loads(path.read_text())["phases"][0] for path in (before, left)
     )
-    assert first == second
+    # Not the sweep's folder, but that of the run in it.
+    assert second == {**first, "taken_from": str(before.parent)}
   other = sweep.expand(
     _config(folder, "third", rounds=1, trained_in=trained.workdir), "seed=1"
   )
