@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +90,8 @@ def by_labels(
     The partition; its mask is all True.
 
   Raises:
-    errors.ConfigError: K is out of range, or a label runs out of images.
+    errors.ConfigError: K is out of range, a required label does not exist, or
+      one runs out of images.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
@@ -111,6 +113,11 @@ def by_labels(
       f"--labels_per_client={labels_per_client} leaves no room for the {most}"
       " labels that an attacker must hold."
     )
+  for label in itertools.chain(*required.values()):
+    if not 0 <= label < num_classes:
+      raise errors.ConfigError(
+        f"a client must hold label {label}; there are 0 to {num_classes - 1}."
+      )
   held = deal_labels(
     num_clients=num_clients,
     labels_per_client=labels_per_client,

@@ -155,6 +155,7 @@ def test_hold_out_splits_everything(seed, size):
     ({"samples_per_client": 2}, "cannot cover 3 labels"),
     ({"labels_per_client": 11}, "labels_per_client=11"),
     ({"labels_per_client": 1, "required": {3: [1, 2]}}, "for the 2 labels"),
+    ({"required": {3: [77]}}, "must hold label 77; there are 0 to"),
   ],
 )
 def test_by_labels_refuses_the_impossible(changes, message):
