@@ -238,15 +238,8 @@ def build(
     Zhu, Yang, Mitra), Section V and Table VI; Very Deep Convolutional Networks
     (Simonyan, Zisserman), configuration A.
   """
-  if name not in NETWORKS:
-    raise errors.ConfigError(
-      f"unknown model {name!r}: choose one of {', '.join(NETWORKS)}."
-    )
-  if initialisation not in layers.INITIALISERS:
-    raise errors.ConfigError(
-      f"unknown initialisation {initialisation!r}: choose one of"
-      f" {', '.join(layers.INITIALISERS)}."
-    )
+  errors.require_choice("model", name, NETWORKS)
+  errors.require_choice("initialisation", initialisation, layers.INITIALISERS)
   plan = NETWORKS[name]
   for side in image_shape[:2]:
     for item in (*plan.stem, plan.target, *(["pool"] if plan.pool else [])):

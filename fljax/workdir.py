@@ -222,18 +222,13 @@ class Workdir:
       )
     damage: errors.CheckpointError | None = None
     for run in fitting:
-      for _, path in list_checkpoints(run):
-        try:
-          progress = read_progress(path)
-        except errors.CheckpointError as error:
+      for path, progress in _records(run):
+        if isinstance(progress, errors.CheckpointError):
           # It may be another one, which that run passed over.
-          damage = damage or error
-          continue
-        if progress.complete and len(progress.phases) == 1:
+          damage = damage or progress
+        elif progress.complete and len(progress.phases) == 1:
           return run, path, progress
-    if damage is not None:
-      raise damage
-    raise errors.WorkdirError(
+    raise damage or errors.WorkdirError(
       f"the run in --trained_in={fitting[0] if fitting != [source] else other}"
       " has not ended its training."
     )
@@ -647,19 +642,36 @@ def read_state(workdir: Path, like: Any, phase: str = "") -> Any:
     errors.WorkdirError: that phase has not ended there.
     errors.CheckpointError: the checkpoint is damaged.
   """
-  ended = []
-  for _, path in reversed(list_checkpoints(workdir)):
-    progress = read_progress(path)
+  damage: errors.CheckpointError | None = None
+  ended: list[str] = []
+  for path, progress in reversed([*_records(workdir)]):
+    if isinstance(progress, errors.CheckpointError):
+      damage = damage or progress
+      if not phase:
+        # It may be where the run stands.
+        break
+      continue
     wanted = progress.complete and progress.phase == phase
     if wanted or not (phase or progress.side):
       return read_checkpoint(path, like)
     if progress.complete:
-      ended.append(progress.phase)
+      ended.insert(0, progress.phase)
   which = f"the end of phase {phase}" if phase else "a model"
-  raise errors.WorkdirError(
+  raise damage or errors.WorkdirError(
     f"{workdir} has no checkpoint of {which}; there are those of"
-    f" {', '.join(reversed(ended)) or 'none'}."
+    f" {', '.join(ended) or 'none'}."
   )
+
+
+def _records(
+  workdir: Path,
+) -> Iterator[tuple[Path, Progress | errors.CheckpointError]]:
+  """Checkpoints in order, and what they say, or what is wrong with that."""
+  for _, path in list_checkpoints(workdir):
+    try:
+      yield path, read_progress(path)
+    except errors.CheckpointError as error:
+      yield path, error
 
 
 def read_results(path: Path) -> dict[str, Any]:

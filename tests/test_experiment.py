@@ -635,6 +635,21 @@ def test_a_model_is_loaded_from_a_folder_that_stays_as_it_is(config):
   _, _, last = _final(config)
   chex.assert_trees_all_equal(jax.tree.map(np.asarray, state), last)
   assert files() == before
+  # What is damaged beside the model that is wanted is nothing to it.
+  checkpoints = {path.name[5:]: path for path in folder.glob("checkpoints/*")}
+  record = checkpoints["fp"] / "progress.json"
+  text = record.read_text()
+  record.write_text("{")
+  experiment.load(config.workdir, phase="training")
+  with pytest.raises(errors.CheckpointError, match="fp is damaged"):
+    experiment.load(config.workdir, phase="fp")
+  record.write_text(text)
+  record = checkpoints["all"] / "progress.json"
+  text = record.read_text()
+  record.write_text("{")
+  with pytest.raises(errors.CheckpointError, match="all is damaged"):
+    experiment.load(config.workdir)
+  record.write_text(text)
   with pytest.raises(
     errors.WorkdirError, match=r"phase fst; .* training, fp, "
   ):

@@ -189,7 +189,6 @@ def prune(
     Zhu, Yang, Mitra), Section IV-A and Algorithm 1, "Federated Pruning".
   """
   errors.require_choice("method", method, pruning.SCORES)
-  errors.require_choice("drop_of", drop_of, selection.DROPS)
   if neuron_mask is None:
     neuron_mask = jnp.ones(means.shape[1], bool)
   living, gone = jnp.flatnonzero(neuron_mask), jnp.flatnonzero(~neuron_mask)
