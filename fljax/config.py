@@ -41,7 +41,14 @@ _LARGEST = 2**31 - 1
 # Of Δ; where clients report accuracies, each of all.
 _MOST_STEPS = 10_000
 # Settings that are paths, or may be.
-_PATHS = ("workdir", "data_dir", "trained_in", "compilation_cache", "dataset")
+PATHS = (
+  "workdir",
+  "data_dir",
+  "trained_in",
+  "compilation_cache",
+  "dataset",
+  "server_data",
+)
 
 
 def _setting(
@@ -557,6 +564,14 @@ class Config:
     low=1,
     cleansing=True,
   )
+  server_data: str = _setting(
+    "",
+    "Path of an .npz file of images and labels, of which the server has"
+    " --validation_size, at random, or all if they are fewer, instead of those"
+    " held out for it, which are then nobody's: what a server has of its own"
+    " is seldom of its clients' distribution.",
+    cleansing=True,
+  )
   server_holdout: float = _setting(
     0.2,
     "Share of the server's images that nc-unlearn, fine-pruning and fst leave"
@@ -705,6 +720,11 @@ class Config:
         f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
+    if self.server_data and not self.validation_size:
+      raise errors.ConfigError(
+        f"--server_data={self.server_data} needs --validation_size: how many"
+        " of its images the server has."
+      )
     if self.holds_out and self.validation_size < 2:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse}: of one image none can be left out of the"
@@ -754,7 +774,7 @@ class Config:
       )
     if not self.workdir:
       raise errors.ConfigError("--workdir must not be empty.")
-    for name in _PATHS:
+    for name in PATHS:
       require_home(f"--{name}", getattr(self, name))
 
   @property

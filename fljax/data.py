@@ -46,6 +46,18 @@ _IDX_FILES = {
 }
 
 
+class Labelled(NamedTuple):
+  """Labelled images.
+
+  Attributes:
+    images: uint8 [n, height, width, channels].
+    labels: int32 [n].
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+
+
 class Dataset(NamedTuple):
   """Labelled images, split into training and test.
 
@@ -148,14 +160,16 @@ def _default_data_dir() -> str:
   return os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 
-def digest(dataset: Dataset) -> str:
-  """SHA-256 over all images and labels, in their order.
+def digest(of: Dataset | Labelled) -> str:
+  """SHA-256 over images and labels, in their order.
 
   Another copy of a data set may hold the same images in another order, and
   then gives clients other ones.
   """
   sha256 = hashlib.sha256()
-  for array in dataset[1:5]:
+  for array in of:
+    if not isinstance(array, np.ndarray):
+      continue
     sha256.update(f"{array.dtype} {array.shape}".encode())
     sha256.update(np.ascontiguousarray(array).data)
   return sha256.hexdigest()
@@ -466,16 +480,7 @@ def from_npz(path: Path) -> Dataset:
   Raises:
     errors.DataError: the file is missing, damaged, or holds something else.
   """
-  arrays = _load_npz(path)
-  for keys in _OWN_KEYS:
-    if all(key in arrays for key in keys):
-      break
-  else:
-    raise errors.DataError(
-      f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: it needs"
-      f" {' or '.join(' '.join(keys) for keys in _OWN_KEYS)}."
-    )
-  parts = [arrays[key] for key in keys]
+  keys, parts = _own_arrays(path)
   if len(parts) == 2:
     images, labels = parts
     _check_pair(path, keys[0], images, labels)
@@ -530,6 +535,37 @@ def from_npz(path: Path) -> Dataset:
     num_classes=num_classes,
     mean=tuple(float(m) for m in mean),
     std=tuple(float(s) if s > 0 else 1.0 for s in std),
+  )
+
+
+def labelled(path: Path) -> Labelled:
+  """Reads images that are to be no data set by themselves.
+
+  Args:
+    path: an .npz file as for `from_npz`; its test split, if it has one, is left
+      out, and labels may be missing among them.
+
+  Returns:
+    All of its images and labels, or all of its training split.
+
+  Raises:
+    errors.DataError: the file is missing, damaged, or holds something else.
+  """
+  keys, parts = _own_arrays(path)
+  images, labels = parts[:2]
+  _check_pair(path, keys[0], images, labels)
+  return Labelled(_as_uint8(path, images), labels.astype(np.int32))
+
+
+def _own_arrays(path: Path) -> tuple[tuple[str, ...], list[np.ndarray]]:
+  """The names and arrays of a user's file, unchecked: two of them, or four."""
+  arrays = _load_npz(path)
+  for keys in _OWN_KEYS:
+    if all(key in arrays for key in keys):
+      return keys, [arrays[key] for key in keys]
+  raise errors.DataError(
+    f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: it needs"
+    f" {' or '.join(' '.join(keys) for keys in _OWN_KEYS)}."
   )
 
 

@@ -148,10 +148,9 @@ class Driver:
     """Makes the folder this run's; see `Workdir.claim`."""
     self.workdir.claim(*self._claimed())
 
-  def _claimed(self) -> tuple[str, str, dict[str, Any]]:
+  def _claimed(self) -> tuple[dict[str, str], str, dict[str, Any]]:
     config = self.config
-    sha256 = self.experiment.data_sha256
-    return sha256, config.trained_in, config.training()
+    return self.experiment.digests, config.trained_in, config.training()
 
   def restore(self) -> None:
     """Takes up the newest checkpoint of a claimed folder, or begins."""

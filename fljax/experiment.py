@@ -64,7 +64,8 @@ class Experiment(NamedTuple):
     test: the whole test split, for TA.
     backdoored: stamped test images, for AA; None without attackers.
     mesh: the devices that work is spread over; None for a single one.
-    data_sha256: the data set's `data.digest`.
+    digests: of the data set, and of images that the server has from
+      elsewhere (`data.digest`), by `workdir.DIGESTS`.
   """
 
   config: Config
@@ -80,7 +81,7 @@ class Experiment(NamedTuple):
   test: evaluate.Examples
   backdoored: evaluate.Examples | None
   mesh: parallel.Mesh | None
-  data_sha256: str
+  digests: dict[str, str]
 
   @property
   def examples(self) -> dict[str, evaluate.Examples]:
@@ -207,13 +208,18 @@ def setup(
     tuning_block = like.tuning_block
   else:
     tuning_block = _block(_kind_of_block(config, model, plan, tuning))
+  if like is None:
+    digests = {workdirs.DATA_SHA256: data.digest(dataset)}
+  else:
+    digests = {workdirs.DATA_SHA256: like.digests[workdirs.DATA_SHA256]}
+  own = data.Labelled(
+    dataset.train_images[held_out], dataset.train_labels[held_out]
+  )
+  if config.server_data:
+    own, digests[workdirs.SERVER_SHA256] = _from_elsewhere(config, dataset)
   validation, stamped = None, None
-  if len(held_out):
-    validation = evaluate.batched(
-      dataset.train_images[held_out],
-      dataset.train_labels[held_out],
-      batch_size=evaluation_batch,
-    )
+  if len(own.labels):
+    validation = evaluate.batched(*own, batch_size=evaluation_batch)
   if config.num_attackers:
     stamped = evaluate.backdoored(
       dataset.test_images,
@@ -238,7 +244,7 @@ def setup(
     test=test,
     backdoored=stamped and parallel.place_examples(stamped, mesh),
     mesh=mesh,
-    data_sha256=like.data_sha256 if like else data.digest(dataset),
+    digests=digests,
   )
 
 
@@ -425,6 +431,36 @@ def _check_labels(config: Config, dataset: data.Dataset) -> None:
     )
 
 
+def _from_elsewhere(
+  config: Config, dataset: data.Dataset
+) -> tuple[data.Labelled, str]:
+  """The server's images that are no training images; their file's digest."""
+  path = Path(config.server_data).expanduser()
+  there = data.labelled(path)
+  wanted, found = dataset.train_images.shape[1:], there.images.shape[1:]
+  if found != wanted:
+    raise errors.ConfigError(
+      f"--server_data={config.server_data}: its images are {found}, those of"
+      f" {dataset.name} {wanted}."
+    )
+  if there.labels.max() >= dataset.num_classes:
+    raise errors.ConfigError(
+      f"--server_data={config.server_data}: its labels go to"
+      f" {there.labels.max()}, those of {dataset.name} to"
+      f" {dataset.num_classes - 1}."
+    )
+  if config.holds_out and len(there.labels) < 2:
+    raise errors.ConfigError(
+      f"--server_data={config.server_data}: of one image none can be left out"
+      " of the server's training (--server_holdout)."
+    )
+  # Not the stream that deals the clients theirs: those are the same as ever.
+  rng = np.random.default_rng((config.seed, 5))
+  chosen = rng.permutation(len(there.labels))[: config.validation_size]
+  images, labels = (array[chosen] for array in there)
+  return data.Labelled(images, labels), data.digest(there)
+
+
 def _partition(
   config: Config, dataset: data.Dataset
 ) -> tuple[np.ndarray, partitions.Partition]:
@@ -510,7 +546,7 @@ def load(
     errors.DataError: the data set cannot be had.
   """
   folder = Path(workdir).expanduser()
-  settings, data_sha256 = workdirs.read_settings(folder)
+  settings, digests = workdirs.read_settings(folder)
   unknown = sorted(settings.keys() - Config.defaults().keys())
   if unknown:
     raise errors.WorkdirError(
@@ -519,11 +555,12 @@ def load(
     )
   config = Config(**settings, workdir=str(folder), data_dir=data_dir)
   experiment = setup(config)
-  if experiment.data_sha256 != data_sha256:
-    raise errors.WorkdirError(
-      f"{folder} is of other data: data_sha256 is {data_sha256} there,"
-      f" {experiment.data_sha256} here."
-    )
+  for name, here in experiment.digests.items():
+    if here != digests.get(name):
+      raise errors.WorkdirError(
+        f"{folder} is of other data: {name} is {digests.get(name)} there,"
+        f" {here} here."
+      )
   like = experiment.init_state()
   state = workdirs.read_state(folder, like, phase)
   return experiment, parallel.replicate(
@@ -534,32 +571,36 @@ def load(
 def check_finished(
   folders: Iterable[workdirs.Workdir | workdirs.Shared],
   config: Config,
-  data_sha256: str | None = None,
+  digests: dict[str, str] | None = None,
 ) -> None:
   """Refuses finished runs of other data than there is now.
 
   Args:
     folders: theirs.
-    config: names the data set.
-    data_sha256: its digest, if that is known. Otherwise it is looked at if it
-      is a user's own and still there: of those that have a name there is but
-      one, and results outlive their data.
+    config: names the data.
+    digests: theirs, if they are known. Otherwise files of a user's own are
+      looked at that are still there: of data sets that have a name there is
+      but one, and results outlive their data.
 
   Raises:
     errors.WorkdirError: a run has other data.
   """
 
-  def look() -> str | None:
+  def look() -> dict[str, str]:
+    found = {}
     if config.dataset.endswith(".npz"):
       with contextlib.suppress(errors.DataError):
-        return data.digest(data.load(config.dataset))
-    return None
+        found[workdirs.DATA_SHA256] = data.digest(data.load(config.dataset))
+    if config.server_data:
+      path = Path(config.server_data).expanduser()
+      with contextlib.suppress(errors.DataError):
+        found[workdirs.SERVER_SHA256] = data.digest(data.labelled(path))
+    return found
 
   # Of several processes the first looks, so that all go on alike.
-  now = data_sha256 or parallel.on_first(look)
-  if now is not None:
-    for folder in folders:
-      folder.check(now)
+  now = parallel.on_first(look) if digests is None else digests
+  for folder in folders:
+    folder.check(now)
 
 
 def drive(

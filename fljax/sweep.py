@@ -64,7 +64,7 @@ def sweepable() -> dict[str, type]:
     for field in dataclasses.fields(Config)
     if field.metadata["identity"]
     and not field.metadata["structure"]
-    and field.name not in _PAIR
+    and field.name not in (*_PAIR, *configs.PATHS)
   }
 
 
@@ -615,7 +615,7 @@ def _drivers(
     experiments.check_finished(
       [folders[name] for name in results],
       next(iter(sweep.values())),
-      like.data_sha256 if like else None,
+      like.digests if like else None,
     )
   for name, found in results.items():
     driving.write_report(sweep[name], found, folders[name])

@@ -32,8 +32,11 @@ from fljax import parallel
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
-# In config.json beside the settings: which images and labels the run has.
+# In config.json beside the settings: which images and labels the run has, and
+# which the server has from elsewhere, if it has.
 DATA_SHA256 = "data_sha256"
+SERVER_SHA256 = "server_sha256"
+DIGESTS = (DATA_SHA256, SERVER_SHA256)
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 FIGURES = "figures"
@@ -142,8 +145,8 @@ class Workdir:
     config = self.path / CONFIG
     if config.exists():
       there = {**self._defaults, **_read_json(config)}
-      if DATA_SHA256 not in identity:
-        there.pop(DATA_SHA256, None)
+      for key in {*DIGESTS} - identity.keys():
+        there.pop(key, None)
       if there != identity:
         raise errors.WorkdirError(
           f"{self.path} holds a run of another config"
@@ -159,14 +162,14 @@ class Workdir:
 
   def claim(
     self,
-    data_sha256: str,
+    digests: dict[str, str],
     trained_in: str = "",
     training: dict[str, Any] | None = None,
   ) -> None:
     """Makes the folder this run's, once everything about it is known good.
 
     Args:
-      data_sha256: digest of the data; a run begun on other data is refused.
+      digests: of the data, by `DIGESTS`; a run begun on other data is refused.
       trained_in: the folder of the run whose trained model will be taken over
         (`adopt`), or of a sweep with such a run, if there is one.
       training: the settings that the two must have in common.
@@ -175,20 +178,20 @@ class Workdir:
       errors.WorkdirError: the folder's run has other data, the other run's
         model cannot be taken over, or the folder cannot be written.
     """
-    self.check(data_sha256, trained_in, training)
+    self.check(digests, trained_in, training)
     if not (self.path / CONFIG).exists():
-      self.write_json(CONFIG, {**self._identity, DATA_SHA256: data_sha256})
+      self.write_json(CONFIG, {**self._identity, **digests})
 
   def check(
     self,
-    data_sha256: str,
+    digests: dict[str, str],
     trained_in: str = "",
     training: dict[str, Any] | None = None,
   ) -> None:
     """Refuses what `claim` refuses, and writes nothing."""
-    self._compare({**self._identity, DATA_SHA256: data_sha256})
+    self._compare({**self._identity, **digests})
     if trained_in and not (self.path / CONFIG).exists():
-      self._trained(trained_in, training or {}, data_sha256)
+      self._trained(trained_in, training or {}, digests[DATA_SHA256])
 
   def _trained(
     self, other: str, training: dict[str, Any], data_sha256: str
@@ -614,8 +617,8 @@ class Shared:
     parallel.on_first(lambda: write(self._own))
 
 
-def read_settings(workdir: Path) -> tuple[dict[str, Any], str]:
-  """The settings of a run, and its data set's digest.
+def read_settings(workdir: Path) -> tuple[dict[str, Any], dict[str, str]]:
+  """The settings of a run, and the digests of its data, by `DIGESTS`.
 
   Raises:
     errors.WorkdirError: the folder holds no run, or config.json is damaged.
@@ -624,7 +627,8 @@ def read_settings(workdir: Path) -> tuple[dict[str, Any], str]:
   if not path.exists():
     raise errors.WorkdirError(f"{workdir} holds no run: there is no {CONFIG}.")
   settings = _read_json(path)
-  return settings, str(settings.pop(DATA_SHA256, ""))
+  digests = {key: settings.pop(key) for key in DIGESTS if key in settings}
+  return settings, digests
 
 
 def read_state(workdir: Path, like: Any, phase: str = "") -> Any:

@@ -85,6 +85,7 @@ def test_every_range_is_checked(field):
     ({"fine_tune_drop": 0.1, "validation_size": 0}, "server's own"),
     ({"fine_tune_drop": -0.01}, "-1, or from 0 to 1"),
     ({"cleanse": "fst,aw", "validation_size": 1}, "raise --validation_size"),
+    ({"server_data": "x.npz", "validation_size": 0}, "needs --validation_size"),
     ({"cleanse": "fp,fp"}, "only ft and aw may come again"),
     ({"cleanse": "fp,ft,fp"}, "only ft and aw may come again"),
     ({"cleanse": "fp,aw,aw"}, "after another phase"),
@@ -99,7 +100,7 @@ def test_every_range_is_checked(field):
     ({"delta_start": 1000.0, "delta_step": 0.001}, "makes 1000000 steps"),
     *(
       ({name: "~no-such-user/x.npz"}, f"--{name}=~no-such-user/x.npz is in the")
-      for name in config._PATHS
+      for name in config.PATHS
     ),
   ],
 )

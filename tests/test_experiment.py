@@ -666,6 +666,88 @@ def test_a_model_is_loaded_from_a_folder_that_stays_as_it_is(config):
       experiment.load(config.workdir)
 
 
+# --- a server's images from elsewhere ----------------------------------------
+
+
+def _from_elsewhere(path, number, label=None, shape=(8, 8, 1)):
+  images = np.arange(number, dtype=np.uint8).reshape(-1, 1, 1, 1)
+  labels = np.arange(number) % NUM_CLASSES if label is None else [label]
+  np.savez(
+    path, images=np.broadcast_to(images, (number, *shape)), labels=labels
+  )
+  return str(path)
+
+
+@pytest.mark.parametrize("number, had", [(60, 40), (40, 40), (7, 7)])
+def test_a_servers_images_may_be_from_elsewhere(config, tmp_path, number, had):
+  config = _with(config, validation_size=40)
+  path = _from_elsewhere(tmp_path / "own.npz", number)
+  before = experiment.setup(config)
+  for seed in 0, 1:
+    built = experiment.setup(_with(config, server_data=path, seed=seed))
+    images, labels = phases.server_images(built.validation)
+    # Each image tells which it is: they are different ones, of their labels.
+    which = images[:, 0, 0, 0]
+    assert len(which) == len(set(which.tolist())) == had
+    np.testing.assert_array_equal(labels, which % NUM_CLASSES)
+    if seed == 0:
+      first = which
+      # Nothing of the clients changes.
+      chex.assert_trees_all_equal(built.federation, before.federation)
+  assert had == number or set(first.tolist()) != set(which.tolist())
+
+
+def test_a_trained_model_is_cleansed_with_images_from_elsewhere(
+  config, tmp_path
+):
+  experiment.run(_with(config, cleanse=""), quiet=True)
+  path = _from_elsewhere(tmp_path / "own.npz", 60)
+  taking = _with(
+    config,
+    workdir=str(tmp_path / "taking"),
+    trained_in=config.workdir,
+    server_data=path,
+    cleanse="fst,aw",
+  )
+  results = experiment.run(taking, quiet=True)
+  assert [phase["name"] for phase in results["phases"]][-1] == "fst+aw"
+  loaded, _ = experiment.load(taking.workdir)
+  assert loaded.config.server_data == path
+  # The same file is the same run; another one is refused, also where the run
+  # is complete; none at all is not missed there.
+  assert experiment.run(taking, quiet=True) == results
+  kept = Path(path).read_bytes()
+  _from_elsewhere(path, 61)
+  with pytest.raises(errors.WorkdirError, match="server_sha256"):
+    experiment.run(taking, quiet=True)
+  with pytest.raises(errors.WorkdirError, match="server_sha256"):
+    experiment.load(taking.workdir)
+  (Path(taking.workdir) / "results.json").unlink()
+  with pytest.raises(errors.WorkdirError, match="server_sha256"):
+    experiment.run(taking, quiet=True)
+  Path(path).write_bytes(kept)
+  assert experiment.run(taking, quiet=True)["phases"]
+  Path(path).unlink()
+  experiment.run(taking, quiet=True)
+
+
+@pytest.mark.parametrize(
+  "made, message",
+  [
+    ({"number": 8, "shape": (8, 8, 3)}, r"\(8, 8, 3\), .* \(8, 8, 1\)"),
+    ({"number": 1, "label": NUM_CLASSES}, "labels go to 4, those of rows to 3"),
+    ({"number": 1, "label": 0}, "of one image none can be left out"),
+    ({"number": 1, "label": -1}, "must be integers from 0"),
+  ],
+)
+def test_images_from_elsewhere_that_do_not_fit_are_refused(
+  config, tmp_path, made, message
+):
+  path = _from_elsewhere(tmp_path / "own.npz", **made)
+  with pytest.raises(errors.FljaxError, match=message):
+    experiment.setup(_with(config, server_data=path, cleanse="fst,aw"))
+
+
 # --- interruptions -----------------------------------------------------------
 
 

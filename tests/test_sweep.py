@@ -161,6 +161,7 @@ def test_every_combination_has_a_folder_of_its_own():
     ("rounds=1,2", "rounds cannot be swept; seed, "),
     ("victim_label=1", "victim_label cannot be swept"),
     ("workdir=a,b", "workdir cannot be swept"),
+    ("server_data=a.npz,b.npz", "server_data cannot be swept"),
   ],
 )
 def test_a_bad_sweep_is_refused_in_one_sentence(text, message):

@@ -31,7 +31,7 @@ def _state(value=1.0):
 def _open(path, identity=IDENTITY, data="0"):
   workdir = workdirs.Workdir(str(path), identity)
   try:
-    workdir.claim(data)
+    workdir.claim({workdirs.DATA_SHA256: data})
   except BaseException:
     workdir.close()
     raise

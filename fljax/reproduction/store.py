@@ -266,6 +266,7 @@ class Store:
     with _reading(source):
       settings = json.loads((source / workdirs.CONFIG).read_text("utf-8"))
       settings.pop(workdirs.DATA_SHA256)
+      settings.pop(workdirs.SERVER_SHA256, None)
       workdirs.read_results(source / workdirs.RESULTS)
     name = digest(settings)
     target = self.path / "runs" / name
