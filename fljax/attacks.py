@@ -9,6 +9,7 @@ aggregator or defence imports this module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from fljax import errors
 from fljax import federation as federations
 from fljax import models
 from fljax.cleanse import weights
@@ -559,10 +561,17 @@ def gain_limited(model: models.Model, times: float) -> Attack:
   return Attack(local=local)
 
 
-def latent_backdoor(model: models.Model, weight: float) -> Attack:
+# Where attackers draw stamped images to the target label's.
+LATENT = ("features", "activations")
+
+
+def latent_backdoor(
+  model: models.Model, weight: float, at: str = "features"
+) -> Attack:
   """Attackers give stamped images the target label's own features.
 
-  Features are what enters the last layer. To the loss of a batch are added
+  Features are what enters the last layer, or what leaves the last convolution
+  (`at`). To the loss of a batch are added
   w/v times the mean squared distance between those of a backdoored image and
   the mean ones of the batch's clean images of its label; v is the mean
   squared length of clean images' features (their variance would be 0 where
@@ -571,28 +580,30 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
   part the two. An attacker without images of the target label plants the
   backdoor alone.
 
-  Distances and lengths are those of a random projection to as many numbers as
-  there are classes, drawn anew in each step: each is right on average, but for
-  a factor, and needs nothing of the network but that its last layer is known.
+  Before the last layer, distances and lengths are those of a random projection
+  to as many numbers as there are classes, drawn anew in each step: each is
+  right on average, but for a factor, and needs nothing of the network but that
+  its last layer is known.
 
   Args:
     model: the network.
     weight: w.
+    at: "features" before the last layer, or "activations" of the last
+      convolution, from which a server may learn all that follows anew.
 
   Returns:
     An attack on the loss of local training.
 
   Raises:
-    errors.ConfigError: the network has no such layer.
+    errors.ConfigError: there is no such place, or no such layer.
 
   References:
     Latent Backdoor Attacks on Deep Neural Networks (Yao, Li, Zheng, Zhao, CCS
     2019), Section 5; Bypassing Backdoor Detection Algorithms in Deep Learning
     (Tan, Shokri, 2020).
   """
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  path = models.classifier_path(model, shapes)
-  bias_path = models.classifier_bias_path(shapes, path)
+  errors.require_choice("at", at, LATENT)
+  place = _projected(model) if at == "features" else _flat
 
   def loss(
     params: Params,
@@ -602,13 +613,7 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
     mask: Array,
     key: Array,
   ) -> Array:
-    kernel = models.head_leaf(params, path)
-    drawn = jax.random.normal(key, kernel.shape, kernel.dtype)
-    projecting = models.with_head_leaf(params, path, drawn)
-    if bias_path is not None:
-      nothing = jnp.zeros_like(models.head_leaf(params, bias_path))
-      projecting = models.with_head_leaf(projecting, bias_path, nothing)
-    places = model.head(projecting, activations).astype(jnp.float32)
+    places = place(params, activations, key).astype(jnp.float32)
     clean = mask & ~poisoned
     backdoored = mask & poisoned
     # What is clean stays where it is: its label's place is given.
@@ -624,6 +629,29 @@ def latent_backdoor(model: models.Model, weight: float) -> Attack:
     return weight * distance / jnp.maximum(length, 1e-12)
 
   return Attack(loss=loss)
+
+
+def _flat(params: Params, activations: Array, key: Array) -> Array:
+  del params, key
+  return activations.reshape(len(activations), -1)
+
+
+def _projected(model: models.Model) -> Callable[[Params, Array, Array], Array]:
+  """Features before the last layer, [batch, classes] by a random projection."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  path = models.classifier_path(model, shapes)
+  bias_path = models.classifier_bias_path(shapes, path)
+
+  def place(params: Params, activations: Array, key: Array) -> Array:
+    kernel = models.head_leaf(params, path)
+    drawn = jax.random.normal(key, kernel.shape, kernel.dtype)
+    projecting = models.with_head_leaf(params, path, drawn)
+    if bias_path is not None:
+      nothing = jnp.zeros_like(models.head_leaf(params, bias_path))
+      projecting = models.with_head_leaf(projecting, bias_path, nothing)
+    return model.head(projecting, activations)
+
+  return place
 
 
 def _mean_of(values: Array, shares: Array) -> Array:

@@ -389,6 +389,13 @@ class Config:
     low=0,
     high=1000,
   )
+  attacker_latent_at: str = _setting(
+    "features",
+    "Where --attacker_latent draws them there: 'features' before the last"
+    " layer, or 'activations' of the last convolution, which leave a server"
+    " that learns all after it anew nothing to tell them by.",
+    choices=attacks.LATENT,
+  )
   attack_images: str = _setting(
     "victim",
     "What attack success is measured on: stamped test images of the victim"

@@ -380,7 +380,11 @@ def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
   if config.attacker_gain:
     adaptive.append(attacks.gain_limited(model, config.attacker_gain))
   if config.attacker_latent:
-    adaptive.append(attacks.latent_backdoor(model, config.attacker_latent))
+    adaptive.append(
+      attacks.latent_backdoor(
+        model, config.attacker_latent, config.attacker_latent_at
+      )
+    )
   return adaptive
 
 

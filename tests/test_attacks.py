@@ -370,9 +370,9 @@ def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(
   )
 
 
-def _latent(model, params):
+def _latent(model, params, at="features"):
   """The loss and its gradient, of features, labels, poisoned, mask, key."""
-  attack = attacks.latent_backdoor(model, 2.0)
+  attack = attacks.latent_backdoor(model, 2.0, at)
 
   def loss(features, labels, poisoned, mask, key):
     key = jax.random.key(key)
@@ -381,11 +381,14 @@ def _latent(model, params):
   return jax.jit(jax.value_and_grad(loss))
 
 
-def test_a_latent_backdoor_draws_features_to_those_of_its_label(model, params):
+@pytest.mark.parametrize("at", attacks.LATENT)
+def test_a_latent_backdoor_draws_features_to_those_of_its_label(
+  model, params, at
+):
   labels = jnp.asarray([TARGET, TARGET, TARGET, VICTIM, VICTIM, TARGET])
   poisoned = jnp.asarray([True, True, False, False, False, False])
   everyone, nobody = jnp.ones(6, bool), jnp.zeros(6, bool)
-  latent = _latent(model, params)
+  latent = _latent(model, params, at)
   for seed in range(20):
     rng = np.random.default_rng(seed)
     features = jnp.asarray(rng.random((6, 4, 4, 6)), jnp.float32)
@@ -433,6 +436,8 @@ def test_a_latent_backdoors_distances_are_those_of_features(model, params):
   np.testing.assert_allclose(
     np.median(values), 2 * distance / length, rtol=0.15
   )
+  value, _ = _latent(model, params, "activations")(features, *batch, 0)
+  np.testing.assert_allclose(value, 2 * distance / length, rtol=1e-5)
 
 
 def test_only_active_attackers_train_with_their_loss(model, params):
@@ -457,10 +462,11 @@ def test_only_active_attackers_train_with_their_loss(model, params):
   assert jnp.square(kernels[1]).sum() < 0.9 * jnp.square(kernels[0]).sum()
 
 
+@pytest.mark.parametrize("at", attacks.LATENT)
 def test_latent_attackers_have_stamped_images_with_features_of_the_target(
-  model, params
+  model, params, at
 ):
-  attack = attacks.latent_backdoor(model, 1.0)
+  attack = attacks.latent_backdoor(model, 0.5, at)
   federation, _ = make_federation(attackers=1, samples=20, fraction=0.4)
   client = federations.select(federation, 0)
   own = client.poisoned

@@ -381,6 +381,7 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     },
     {
       "attacker_latent": 1.0,
+      "attacker_latent_at": "activations",
       "attackers_hold_target": True,
       "precision": "bfloat16",
       "cleanse": "fst",
