@@ -442,10 +442,20 @@ class Config:
     high=1000,
     cleansing=True,
   )
+  decide_by: str = _setting(
+    "server",
+    "Whose accuracies end pruning and adjusting, and choose the round of"
+    " fine-tuning: those on the 'server's own images, or those that 'clients'"
+    " report, fine-tuning then keeping its last round, as where the server has"
+    " no images at all. For a server that trains on images unlike its"
+    " clients'.",
+    choices=("server", "clients"),
+    cleansing=True,
+  )
   report_trim: float = _setting(
     0.2,
     "Share of the clients' reported accuracies left out on each side, when"
-    " the server has no validation images.",
+    " they decide.",
     low=0,
     high=0.49,
     cleansing=True,
@@ -573,10 +583,11 @@ class Config:
   )
   server_data: str = _setting(
     "",
-    "Path of an .npz file of images and labels, of which the server has"
-    " --validation_size, at random, or all if they are fewer, instead of those"
-    " held out for it, which are then nobody's: what a server has of its own"
-    " is seldom of its clients' distribution.",
+    "Path of an .npz file of images and labels, or optdigits, 1,797 bundled"
+    " digits by other writers than MNIST's: of these the server has"
+    " --validation_size, at random, or all if they are fewer, instead of the"
+    " training images held out for it, which are then nobody's. What a server"
+    " has of its own is seldom of its clients' distribution.",
     cleansing=True,
   )
   server_holdout: float = _setting(
@@ -742,10 +753,13 @@ class Config:
         f"--fine_tune_drop={self.fine_tune_drop:g} is out of range: it must be"
         " -1, or from 0 to 1."
       )
-    if self.fine_tune_drop >= 0 and not self.validation_size:
+    if self.fine_tune_drop >= 0 and not self.server_decides:
+      why = "--validation_size is 0"
+      if self.validation_size:
+        why = f"--decide_by={self.decide_by} goes by the clients'"
       raise errors.ConfigError(
         f"--fine_tune_drop={self.fine_tune_drop:g} needs the server's own"
-        " images, and --validation_size is 0."
+        f" images, and {why}."
       )
     try:
       avoided = self.avoided_neurons
@@ -820,10 +834,15 @@ class Config:
     return tuple(p.strip() for p in self.cleanse.split(",") if p.strip())
 
   @property
+  def server_decides(self) -> bool:
+    """Whether accuracies on the server's images decide in cleansing."""
+    return self.validation_size > 0 and self.decide_by == "server"
+
+  @property
   def holds_out(self) -> bool:
     """Whether the server's own training leaves images for phases after it."""
     trains = [phase in TRAINING_BASELINES for phase in self.phases]
-    if not self.server_holdout or not any(trains):
+    if not (self.server_decides and self.server_holdout and any(trains)):
       return False
     return bool({*self.phases[trains.index(True) :]} & {*PHASES})
 

@@ -414,6 +414,8 @@ class Driver:
     server's own training leaves some for the phases after it to decide by.
     """
     everything, config = self.experiment.validation, self.config
+    if not config.server_decides:
+      return None, everything
     if everything is None or not config.holds_out:
       return everything, everything
     left, taught = phases.set_aside(
@@ -561,8 +563,9 @@ class Driver:
 
     self.console.start(name, config.fine_tune_rounds, 0)
     examples = experiment.examples
+    examples.pop("validation", None)
     if self._deciding is not None:
-      examples = {**examples, "validation": self._deciding}
+      examples["validation"] = self._deciding
     tuned = pipeline.fine_tune(
       experiment.tuning_block,
       state,

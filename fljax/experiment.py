@@ -439,8 +439,7 @@ def _from_elsewhere(
   config: Config, dataset: data.Dataset
 ) -> tuple[data.Labelled, str]:
   """The server's images that are no training images; their file's digest."""
-  path = Path(config.server_data).expanduser()
-  there = data.labelled(path)
+  there = data.labelled(config.server_data)
   wanted, found = dataset.train_images.shape[1:], there.images.shape[1:]
   if found != wanted:
     raise errors.ConfigError(
@@ -596,9 +595,9 @@ def check_finished(
       with contextlib.suppress(errors.DataError):
         found[workdirs.DATA_SHA256] = data.digest(data.load(config.dataset))
     if config.server_data:
-      path = Path(config.server_data).expanduser()
       with contextlib.suppress(errors.DataError):
-        found[workdirs.SERVER_SHA256] = data.digest(data.labelled(path))
+        server = data.labelled(config.server_data)
+        found[workdirs.SERVER_SHA256] = data.digest(server)
     return found
 
   # Of several processes the first looks, so that all go on alike.

@@ -83,6 +83,7 @@ def test_every_range_is_checked(field):
     ({"gamma": 5.5, "clients_per_round": 5}, "γ goes from 1 to 5"),
     ({"fine_tune_gamma": 20.5, "server_rate": 0.5}, "γ goes from 1 to 20"),
     ({"fine_tune_drop": 0.1, "validation_size": 0}, "server's own"),
+    ({"fine_tune_drop": 0.1, "decide_by": "clients"}, "decide_by=clients goes"),
     ({"fine_tune_drop": -0.01}, "-1, or from 0 to 1"),
     ({"cleanse": "fst,aw", "validation_size": 1}, "raise --validation_size"),
     ({"server_data": "x.npz", "validation_size": 0}, "needs --validation_size"),

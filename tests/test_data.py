@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 
+import chex
 import numpy as np
 import PIL.Image
 import pytest
@@ -290,6 +291,23 @@ def test_idx_files_of_more_than_ten_classes_are_refused(tmp_path):
     stream.write(b"\0\0\x08\x01" + bytes([0, 0, 0, 6]) + labels.tobytes())
   with pytest.raises(errors.DataError, match="test labels go to 46"):
     data.load("mnist", str(tmp_path))
+
+
+def test_other_writers_digits_are_bundled_and_whole():
+  there = data.labelled("optdigits")
+  chex.assert_shape(there.images, (1797, 28, 28, 1))
+  assert there.images.dtype == np.uint8 and there.labels.dtype == np.int32
+  counts = np.bincount(there.labels)
+  assert len(counts) == 10 and counts.min() >= 174 and counts.max() <= 183
+  inside = there.images[:, 4:24, 4:24, 0]
+  assert inside.sum(dtype=int) == there.images.sum(dtype=int)
+  # As large as MNIST's, and the same digits as in the file.
+  with gzip.open(data._BUNDLED_OPTDIGITS, "rt") as stream:
+    rows = np.loadtxt(stream, delimiter=",")
+  nearest = (20 * np.arange(8) + 10) // 8
+  shrunk = inside[:, nearest][:, :, nearest].reshape(1797, 64)
+  assert np.corrcoef(shrunk.ravel(), rows[:, :64].ravel())[0, 1] > 0.95
+  np.testing.assert_array_equal(there.labels, rows[:, 64])
 
 
 def test_the_digest_knows_the_order_of_images():

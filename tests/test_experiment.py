@@ -732,6 +732,29 @@ def test_a_trained_model_is_cleansed_with_images_from_elsewhere(
   experiment.run(taking, quiet=True)
 
 
+def test_where_clients_decide_the_servers_images_do_not(config, tmp_path):
+  experiment.run(_with(config, cleanse=""), quiet=True)
+  path = _from_elsewhere(tmp_path / "own.npz", 60)
+  ends, kept = [], []
+  for number, own in enumerate(({}, {"server_data": path})):
+    cleansed = _with(
+      config,
+      workdir=str(tmp_path / str(number)),
+      trained_in=config.workdir,
+      decide_by="clients",
+      pruning_drop=0.05,
+      **own,
+    )
+    experiment.run(cleansed, quiet=True)
+    results, _, state = _final(cleansed)
+    ends.append((results["phases"], None, state))
+    kept.append(results["phases"][3]["kept_round"])
+  _assert_same(*ends)
+  assert kept == 2 * [config.fine_tune_rounds]
+  # What the server trains on is all that it has.
+  assert not _with(config, cleanse="fst,ft", decide_by="clients").holds_out
+
+
 @pytest.mark.parametrize(
   "made, message",
   [
