@@ -18,6 +18,8 @@ Or the server trains alone, on images of its own (`baselines.feature_shift`), so
 that it does not matter how many clients attack then; attackers may have had it
 in mind in training. With few images that costs accuracy, which all clients can
 bring back by a trimmed mean: what the server has unlearned, they do not teach.
+So it is with images that are unlike the clients', where clients also have to
+decide: the server's accuracy speaks for the model that knows its own alone.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from fljax import data
 from fljax.config import GAIN
 from fljax.config import Config
 from fljax.reproduction import paper
@@ -480,6 +483,106 @@ def beyond_8(bases: Bases) -> Table:
         " Tuning on few images costs, a point or more, and not the backdoor, a"
         " point at most.",
         better,
+      ),
+    ),
+  )
+
+
+_BY_CLIENTS = ("All, clients decide", "all")
+_ELSEWHERE = (_UNPRUNED, _TUNED, _FINE_PRUNED, _BY_TRIMMED)
+_ELSEWHERE_COLUMNS = (
+  *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
+  *plan.accuracies(_BY_CLIENTS, variant="clients"),
+  *plan.accuracies(_UNPRUNED, variant="unpruned"),
+  *plan.accuracies(_TUNED, variant="fst"),
+  *plan.accuracies(_FINE_PRUNED, variant="fine-pruning"),
+  *plan.accuracies(_BY_TRIMMED, variant="trimmed"),
+)
+
+
+def beyond_9(bases: Bases) -> Table:
+  """MNIST: a server whose images are unlike its clients'."""
+  place = plan.places(_ELSEWHERE_COLUMNS)
+
+  def cells(config: Config) -> dict[str, Cell]:
+    own = plan.changed(config, server_data=data.OPTDIGITS)
+    asked = {"decide_by": "clients"}
+    tuned = plan.changed(
+      own,
+      **_SERVER,
+      **asked,
+      cleanse="fst,ft",
+      fine_tune_rounds=30,
+      fine_tune_learning_rate=0.05,
+      fine_tune_aggregation="trimmed_mean",
+    )
+    return {
+      **_server_cells(own),
+      "clients": Cell(plan.changed(config, **asked)),
+      "unpruned": Cell(
+        plan.changed(_cells(config)["unpruned"].config, **asked)
+      ),
+      "trimmed": Cell(tuned),
+    }
+
+  def ends(values: np.ndarray) -> dict[str, list[float]]:
+    return {
+      group: [plan.mean(values, place[group, key]) for key in ("TA", "AA")]
+      for group, _ in (plan.ALL, _BY_CLIENTS, *_ELSEWHERE)
+    }
+
+  def told(values: np.ndarray) -> str:
+    return ", ".join(
+      f"{k} {a:.1f}/{b:.1f}" for k, (a, b) in ends(values).items()
+    )
+
+  def needs_them(values: np.ndarray) -> tuple[str, str]:
+    lost = (
+      plan.mean(values, place[plan.TRAINING[0], "TA"])
+      - (ends(values)[_TUNED[0]][0])
+    )
+    return plan.verdict(lost > 10), told(values)
+
+  def brought_back(values: np.ndarray) -> tuple[str, str]:
+    both, whole = ends(values)[_BY_TRIMMED[0]], ends(values)[plan.ALL[0]]
+    return (
+      plan.verdict(both[0] >= whole[0] - 2, both[1] <= whole[1]),
+      told(values),
+    )
+
+  return Table(
+    "beyond-9",
+    "Beyond the paper: a server whose images are unlike its clients', MNIST",
+    "The server has no image of its clients' distribution, but 1,797 digits by"
+    " other writers, of 8 x 8 pixels made larger (UCI's optdigits). All: the"
+    " paper's process, which goes by accuracies on them; clients decide: by"
+    " those that clients report, attackers honestly, and fine-tuning keeps its"
+    " last round. AW+FT, trimmed: adjusting to 5 points below, then"
+    " fine-tuning by a trimmed mean, clients deciding. FST and Fine-Pruning: on"
+    " the server's images, as with 5,000 of its clients'. FST+FT: then 30"
+    " rounds of fine-tuning with everybody, attackers included, at a quarter of"
+    " training's rate, by the trimmed mean; the last is kept. Rounds and who"
+    " decides were chosen on calibration seeds with AA on the screen."
+    " Published numbers are those of the paper's process.",
+    _ELSEWHERE_COLUMNS,
+    tuple(
+      Row(
+        plan.arrow(pair),
+        cells(plan.of_pair(bases["mnist"], pair)),
+        (*numbers[:2], *numbers[-2:], *(None,) * 10),
+      )
+      for pair, numbers in paper.TABLE_1.items()
+    ),
+    (
+      (
+        "Feature Shift Tuning on images unlike the clients' costs more than ten"
+        " points of accuracy.",
+        needs_them,
+      ),
+      (
+        "Fine-tuning by a trimmed mean brings it back to within two points of"
+        " the paper's process, with no more of the backdoor than that leaves.",
+        brought_back,
       ),
     ),
   )

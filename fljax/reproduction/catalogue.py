@@ -47,6 +47,7 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   6: beyond.beyond_6,
   7: beyond.beyond_7,
   8: beyond.beyond_8,
+  9: beyond.beyond_9,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {
