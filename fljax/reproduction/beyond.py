@@ -509,8 +509,9 @@ def beyond_9(bases: Bases) -> Table:
     asked = {"decide_by": "clients"}
     tuned = plan.changed(
       own,
-      **_SERVER,
       **asked,
+      server_learning_rate=0.02,
+      server_epochs=_SERVER["server_epochs"],
       cleanse="fst,ft",
       fine_tune_rounds=30,
       fine_tune_learning_rate=0.05,
@@ -559,10 +560,11 @@ def beyond_9(bases: Bases) -> Table:
     " those that clients report, attackers honestly, and fine-tuning keeps its"
     " last round. AW+FT, trimmed: adjusting to 5 points below, then"
     " fine-tuning by a trimmed mean, clients deciding. FST and Fine-Pruning: on"
-    " the server's images, as with 5,000 of its clients'. FST+FT: then 30"
-    " rounds of fine-tuning with everybody, attackers included, at a quarter of"
-    " training's rate, by the trimmed mean; the last is kept. Rounds and who"
-    " decides were chosen on calibration seeds with AA on the screen."
+    " the server's images, as with 5,000 of its clients'. FST+FT: FST at a tenth"
+    " of that rate, then 30 rounds of fine-tuning with everybody, attackers"
+    " included, at a quarter of training's rate, by the trimmed mean; the last"
+    " is kept. Rates, rounds and who decides were chosen on calibration seeds"
+    " with AA on the screen."
     " Published numbers are those of the paper's process.",
     _ELSEWHERE_COLUMNS,
     tuple(
