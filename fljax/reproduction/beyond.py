@@ -25,6 +25,7 @@ decide: the server's accuracy speaks for the model that knows its own alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from fljax.reproduction import paper
 from fljax.reproduction import plan
 from fljax.reproduction.plan import Bases
 from fljax.reproduction.plan import Cell
+from fljax.reproduction.plan import Column
 from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
 
@@ -87,18 +89,23 @@ def _cells(config: Config, rule: str = "trimmed_mean") -> dict[str, Cell]:
   }
 
 
-def _ends(values: np.ndarray, name: str) -> dict[str, float]:
-  """What the ways of cleansing end with on average, by heading."""
-  place = plan.places(_COLUMNS)
-  return {
-    group: plan.mean(values, place[group, name])
-    for group, _ in (plan.ALL, _PRUNED, _UNPRUNED, _BOTH, _ROBUST, _MEAN)
+def _ends(
+  values: np.ndarray,
+  columns: Sequence[Column],
+  ways: Iterable[tuple[str, str]],
+) -> tuple[dict[str, tuple[float, float]], str]:
+  """TA and AA that ways of cleansing end with on average, and in words."""
+  place = plan.places(columns)
+  ends = {
+    way: (
+      plan.mean(values, place[way, "TA"]),
+      plan.mean(values, place[way, "AA"]),
+    )
+    for way, _ in ways
   }
-
-
-def _told(values: np.ndarray) -> str:
-  accuracy, success = _ends(values, "TA"), _ends(values, "AA")
-  return ", ".join(f"{k} {accuracy[k]:.1f}/{success[k]:.1f}" for k in accuracy)
+  return ends, ", ".join(
+    f"{k} {ta:.1f}/{aa:.1f}" for k, (ta, aa) in ends.items()
+  )
 
 
 def _other_ways(
@@ -111,13 +118,13 @@ def _other_ways(
 
   def no_worse(way: str, other: str) -> Callable[[np.ndarray], tuple[str, str]]:
     def judged(values: np.ndarray) -> tuple[str, str]:
-      accuracy, success = _ends(values, "TA"), _ends(values, "AA")
-      return (
-        plan.verdict(
-          accuracy[way] >= accuracy[other], success[way] <= success[other]
-        ),
-        _told(values),
+      ends, told = _ends(
+        values,
+        _COLUMNS,
+        (plan.ALL, _PRUNED, _UNPRUNED, _BOTH, _ROBUST, _MEAN),
       )
+      (accuracy, success), (others, left) = ends[way], ends[other]
+      return plan.verdict(accuracy >= others, success <= left), told
 
     return judged
 
@@ -297,18 +304,12 @@ def _server_alone(
   labels: tuple[str, ...] | None = None,
 ) -> Table:
   """A row per pair; the paper's numbers begin with training, end with All."""
-  place = plan.places(_SERVER_COLUMNS)
 
   def better(values: np.ndarray) -> tuple[str, str]:
-    ends = {
-      group: [plan.mean(values, place[group, key]) for key in ("TA", "AA")]
-      for group, _ in (plan.ALL, _TUNED, _FINE_PRUNED)
-    }
-    tuned, whole = ends["FST"], ends["All"]
-    return (
-      plan.verdict(tuned[0] >= whole[0], tuned[1] <= whole[1]),
-      ", ".join(f"{k} {ta:.1f}/{aa:.1f}" for k, (ta, aa) in ends.items()),
-    )
+    ways = (plan.ALL, _TUNED, _FINE_PRUNED)
+    ends, told = _ends(values, _SERVER_COLUMNS, ways)
+    tuned, whole = ends[_TUNED[0]], ends[plan.ALL[0]]
+    return plan.verdict(tuned[0] >= whole[0], tuned[1] <= whole[1]), told
 
   return Table(
     f"beyond-{number}",
@@ -424,7 +425,6 @@ _FEW_COLUMNS = (
 def beyond_8(bases: Bases) -> Table:
   """MNIST: a server with few images, then all clients."""
   base = plan.changed(bases["mnist"], validation_size=_FEW)
-  place = plan.places(_FEW_COLUMNS)
 
   def cells(config: Config) -> dict[str, Cell]:
     tuned = plan.changed(
@@ -446,15 +446,10 @@ def beyond_8(bases: Bases) -> Table:
     }
 
   def better(values: np.ndarray) -> tuple[str, str]:
-    ends = {
-      group: [plan.mean(values, place[group, key]) for key in ("TA", "AA")]
-      for group, _ in (plan.ALL, _UNPRUNED, _TUNED, _BY_MEAN, _BY_TRIMMED)
-    }
+    ways = (plan.ALL, _UNPRUNED, _TUNED, _BY_MEAN, _BY_TRIMMED)
+    ends, told = _ends(values, _FEW_COLUMNS, ways)
     both, tuned = ends[_BY_TRIMMED[0]], ends[_TUNED[0]]
-    return (
-      plan.verdict(both[0] >= tuned[0] + 1, both[1] <= tuned[1] + 1),
-      ", ".join(f"{k} {ta:.1f}/{aa:.1f}" for k, (ta, aa) in ends.items()),
-    )
+    return plan.verdict(both[0] >= tuned[0] + 1, both[1] <= tuned[1] + 1), told
 
   return Table(
     "beyond-8",
@@ -489,7 +484,15 @@ def beyond_8(bases: Bases) -> Table:
 
 
 _BY_CLIENTS = ("All, clients decide", "all")
-_ELSEWHERE = (_UNPRUNED, _TUNED, _FINE_PRUNED, _BY_TRIMMED)
+_ELSEWHERE = (
+  plan.TRAINING,
+  plan.ALL,
+  _BY_CLIENTS,
+  _UNPRUNED,
+  _TUNED,
+  _FINE_PRUNED,
+  _BY_TRIMMED,
+)
 _ELSEWHERE_COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(_BY_CLIENTS, variant="clients"),
@@ -502,7 +505,6 @@ _ELSEWHERE_COLUMNS = (
 
 def beyond_9(bases: Bases) -> Table:
   """MNIST: a server whose images are unlike its clients'."""
-  place = plan.places(_ELSEWHERE_COLUMNS)
 
   def cells(config: Config) -> dict[str, Cell]:
     own = plan.changed(config, server_data=data.OPTDIGITS)
@@ -526,30 +528,15 @@ def beyond_9(bases: Bases) -> Table:
       "trimmed": Cell(tuned),
     }
 
-  def ends(values: np.ndarray) -> dict[str, list[float]]:
-    return {
-      group: [plan.mean(values, place[group, key]) for key in ("TA", "AA")]
-      for group, _ in (plan.ALL, _BY_CLIENTS, *_ELSEWHERE)
-    }
-
-  def told(values: np.ndarray) -> str:
-    return ", ".join(
-      f"{k} {a:.1f}/{b:.1f}" for k, (a, b) in ends(values).items()
-    )
-
   def needs_them(values: np.ndarray) -> tuple[str, str]:
-    lost = (
-      plan.mean(values, place[plan.TRAINING[0], "TA"])
-      - (ends(values)[_TUNED[0]][0])
-    )
-    return plan.verdict(lost > 10), told(values)
+    ends, told = _ends(values, _ELSEWHERE_COLUMNS, _ELSEWHERE)
+    lost = ends[plan.TRAINING[0]][0] - ends[_TUNED[0]][0]
+    return plan.verdict(lost > 10), told
 
   def brought_back(values: np.ndarray) -> tuple[str, str]:
-    both, whole = ends(values)[_BY_TRIMMED[0]], ends(values)[plan.ALL[0]]
-    return (
-      plan.verdict(both[0] >= whole[0] - 2, both[1] <= whole[1]),
-      told(values),
-    )
+    ends, told = _ends(values, _ELSEWHERE_COLUMNS, _ELSEWHERE)
+    both, whole = ends[_BY_TRIMMED[0]], ends[plan.ALL[0]]
+    return plan.verdict(both[0] >= whole[0] - 2, both[1] <= whole[1]), told
 
   return Table(
     "beyond-9",
@@ -560,11 +547,11 @@ def beyond_9(bases: Bases) -> Table:
     " those that clients report, attackers honestly, and fine-tuning keeps its"
     " last round. AW+FT, trimmed: adjusting to 5 points below, then"
     " fine-tuning by a trimmed mean, clients deciding. FST and Fine-Pruning: on"
-    " the server's images, as with 5,000 of its clients'. FST+FT: FST at a tenth"
-    " of that rate, then 30 rounds of fine-tuning with everybody, attackers"
-    " included, at a quarter of training's rate, by the trimmed mean; the last"
-    " is kept. Rates, rounds and who decides were chosen on calibration seeds"
-    " with AA on the screen."
+    " the server's images, as with 5,000 of its clients'. FST+FT: FST at a"
+    " tenth of that rate, then 30 rounds of fine-tuning with everybody,"
+    " attackers included, at a quarter of training's rate, by the trimmed mean;"
+    " the last is kept. Rates, rounds and who decides were chosen on"
+    " calibration seeds with AA on the screen."
     " Published numbers are those of the paper's process.",
     _ELSEWHERE_COLUMNS,
     tuple(
