@@ -363,6 +363,10 @@ def beyond_7(bases: Bases) -> Table:
     "none": {},
     "latent, w = 0.1": {"attacker_latent": 0.1},
     "latent, w = 1": {"attacker_latent": 1.0},
+    "latent, last convolution, w = 0.1": {
+      "attacker_latent": 0.1,
+      "attacker_latent_at": "activations",
+    },
     "weights within Δ = 2": {"attacker_limit": 2.0},
     "gain within the median": {"attacker_gain": 1.0},
     "4 attackers": several,
@@ -382,7 +386,8 @@ def beyond_7(bases: Bases) -> Table:
     + " Latent: attackers train stamped images to have the features, before"
     " the last layer, of the target label's images, at a weight w beside"
     " cross-entropy (Yao, Li, Zheng, Zhao, 2019), for which attackers hold"
-    " images of the target label here in all rows. Or they limit their last"
+    " images of the target label here in all rows; last convolution: to have its"
+    " activations. Or they limit their last"
     " convolution to μ ± Δσ, or what a single cell can raise its neurons by to"
     " the median neuron's. Four attackers are four of ten clients, of 1,500"
     " images each.",
