@@ -386,9 +386,9 @@ def beyond_7(bases: Bases) -> Table:
     + " Latent: attackers train stamped images to have the features, before"
     " the last layer, of the target label's images, at a weight w beside"
     " cross-entropy (Yao, Li, Zheng, Zhao, 2019), for which attackers hold"
-    " images of the target label here in all rows; last convolution: to have its"
-    " activations. Or they limit their last"
-    " convolution to μ ± Δσ, or what a single cell can raise its neurons by to"
+    " images of the target label here in all rows; last convolution: to have"
+    " its activations. Or they limit their last convolution to μ ± Δσ, or what"
+    " a single cell can raise its neurons by to"
     " the median neuron's. Four attackers are four of ten clients, of 1,500"
     " images each.",
     _SERVER_COLUMNS,
