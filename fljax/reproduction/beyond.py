@@ -363,8 +363,8 @@ def beyond_7(bases: Bases) -> Table:
     "none": {},
     "latent, w = 0.1": {"attacker_latent": 0.1},
     "latent, w = 1": {"attacker_latent": 1.0},
-    "latent, last convolution, w = 0.1": {
-      "attacker_latent": 0.1,
+    "latent, last convolution, w = 0.03": {
+      "attacker_latent": 0.03,
       "attacker_latent_at": "activations",
     },
     "weights within Δ = 2": {"attacker_limit": 2.0},
