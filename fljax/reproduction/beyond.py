@@ -388,9 +388,8 @@ def beyond_7(bases: Bases) -> Table:
     " cross-entropy (Yao, Li, Zheng, Zhao, 2019), for which attackers hold"
     " images of the target label here in all rows; last convolution: to have"
     " its activations. Or they limit their last convolution to μ ± Δσ, or what"
-    " a single cell can raise its neurons by to"
-    " the median neuron's. Four attackers are four of ten clients, of 1,500"
-    " images each.",
+    " a single cell can raise its neurons by to the median neuron's. Four"
+    " attackers are four of ten clients, of 1,500 images each.",
     _SERVER_COLUMNS,
     tuple(
       Row(
@@ -538,9 +537,13 @@ def beyond_9(bases: Bases) -> Table:
     lost = ends[plan.TRAINING[0]][0] - ends[_TUNED[0]][0]
     return plan.verdict(lost > 10), told
 
+  def misled(values: np.ndarray) -> tuple[str, str]:
+    ends, told = _ends(values, _ELSEWHERE_COLUMNS, _ELSEWHERE)
+    return plan.verdict(ends[plan.ALL[0]][1] > ends[_BY_CLIENTS[0]][1]), told
+
   def brought_back(values: np.ndarray) -> tuple[str, str]:
     ends, told = _ends(values, _ELSEWHERE_COLUMNS, _ELSEWHERE)
-    both, whole = ends[_BY_TRIMMED[0]], ends[plan.ALL[0]]
+    both, whole = ends[_BY_TRIMMED[0]], ends[_BY_CLIENTS[0]]
     return plan.verdict(both[0] >= whole[0] - 2, both[1] <= whole[1]), told
 
   return Table(
@@ -574,8 +577,14 @@ def beyond_9(bases: Bases) -> Table:
         needs_them,
       ),
       (
-        "Fine-tuning by a trimmed mean brings it back to within two points of"
-        " the paper's process, with no more of the backdoor than that leaves.",
+        "The paper's process leaves more of the backdoor where accuracy on such"
+        " images decides than where clients report theirs.",
+        misled,
+      ),
+      (
+        "Fine-tuning by a trimmed mean after Feature Shift Tuning ends within"
+        " two points of what the paper's process has where clients decide, and"
+        " with no more of the backdoor.",
         brought_back,
       ),
     ),
