@@ -571,14 +571,13 @@ def latent_backdoor(
   """Attackers give stamped images the target label's own features.
 
   Features are what enters the last layer, or what leaves the last convolution
-  (`at`). To the loss of a batch are added
-  w/v times the mean squared distance between those of a backdoored image and
-  the mean ones of the batch's clean images of its label; v is the mean
-  squared length of clean images' features (their variance would be 0 where
-  there is one). That is meant for a server that replaces the last layer, or
-  moves it away from what it was (`baselines.feature_shift`): it shall not
-  part the two. An attacker without images of the target label plants the
-  backdoor alone.
+  (`at`). To the loss of a batch are added w/v times the mean squared distance
+  between those of a backdoored image and the mean ones of the batch's clean
+  images of its label; v is the mean squared length of clean images' features
+  (their variance would be 0 where there is one). That is meant for a server
+  that replaces the last layer, or moves it away from what it was
+  (`baselines.feature_shift`): it shall not part the two. An attacker without
+  images of the target label plants the backdoor alone.
 
   Before the last layer, distances and lengths are those of a random projection
   to as many numbers as there are classes, drawn anew in each step: each is

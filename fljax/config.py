@@ -391,9 +391,9 @@ class Config:
   )
   attacker_latent_at: str = _setting(
     "features",
-    "Where --attacker_latent draws them there: 'features' before the last"
-    " layer, or 'activations' of the last convolution, which leave a server"
-    " that learns all after it anew nothing to tell them by.",
+    "What --attacker_latent draws to the target label's: 'features' before the"
+    " last layer, or 'activations' of the last convolution, by which a server"
+    " that learns all after it anew could not tell stamped images.",
     choices=attacks.LATENT,
   )
   attack_images: str = _setting(

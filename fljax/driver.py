@@ -412,6 +412,7 @@ class Driver:
 
     Accuracy on images that a model was trained on says little: in a chain, the
     server's own training leaves some for the phases after it to decide by.
+    None decide where clients do.
     """
     everything, config = self.experiment.validation, self.config
     if not config.server_decides:
@@ -563,6 +564,7 @@ class Driver:
 
     self.console.start(name, config.fine_tune_rounds, 0)
     examples = experiment.examples
+    # The round that is kept is chosen by it: not where clients decide.
     examples.pop("validation", None)
     if self._deciding is not None:
       examples["validation"] = self._deciding

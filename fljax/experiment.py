@@ -208,10 +208,8 @@ def setup(
     tuning_block = like.tuning_block
   else:
     tuning_block = _block(_kind_of_block(config, model, plan, tuning))
-  if like is None:
-    digests = {workdirs.DATA_SHA256: data.digest(dataset)}
-  else:
-    digests = {workdirs.DATA_SHA256: like.digests[workdirs.DATA_SHA256]}
+  known = workdirs.DATA_SHA256
+  digests = {known: like.digests[known] if like else data.digest(dataset)}
   own = data.Labelled(
     dataset.train_images[held_out], dataset.train_labels[held_out]
   )

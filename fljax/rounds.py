@@ -184,13 +184,13 @@ def make_round(
     `state.round`, each client's from its id, so that neither the order of the
     clients nor an interruption changes any of them.
 
-  References:
-    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
-    Zhu, Yang, Mitra), Sections III-A, III-C and IV-B (Equation 2).
-
   Raises:
     errors.ConfigError: the chunk is below 0; or, by the round, the cohort is
       larger than the federation.
+
+  References:
+    Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
+    Zhu, Yang, Mitra), Sections III-A, III-C and IV-B (Equation 2).
   """
   if client_chunk < 0:
     raise errors.ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 
+from fljax.reproduction import alone
 from fljax.reproduction import beyond
 from fljax.reproduction import discussion
 from fljax.reproduction import figures
@@ -42,12 +43,12 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   1: beyond.beyond_1,
   2: beyond.beyond_2,
   3: beyond.beyond_3,
-  4: beyond.beyond_4,
-  5: beyond.beyond_5,
-  6: beyond.beyond_6,
-  7: beyond.beyond_7,
-  8: beyond.beyond_8,
-  9: beyond.beyond_9,
+  4: alone.beyond_4,
+  5: alone.beyond_5,
+  6: alone.beyond_6,
+  7: alone.beyond_7,
+  8: alone.beyond_8,
+  9: alone.beyond_9,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {

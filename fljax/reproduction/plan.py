@@ -8,6 +8,7 @@ said by `catalogue`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -244,6 +245,31 @@ def mean(values: np.ndarray, column: int) -> float:
   if np.isnan(known).all():
     raise ValueError("No result yet.")
   return float(np.nanmean(known))
+
+
+def ends(
+  values: np.ndarray,
+  columns: Sequence[Column],
+  ways: Iterable[tuple[str, str]],
+) -> tuple[dict[str, tuple[float, float]], str]:
+  """What ways of cleansing end with on average.
+
+  Args:
+    values: [rows, columns].
+    columns: of the table.
+    ways: (heading, phase), ..., whose TA and AA are among the columns.
+
+  Returns:
+    TA and AA by heading, and the same in words.
+  """
+  place = places(columns)
+  found = {
+    way: (mean(values, place[way, "TA"]), mean(values, place[way, "AA"]))
+    for way, _ in ways
+  }
+  return found, ", ".join(
+    f"{way} {ta:.1f}/{aa:.1f}" for way, (ta, aa) in found.items()
+  )
 
 
 def verdict(*conditions: bool) -> str:
