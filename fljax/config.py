@@ -221,6 +221,15 @@ class Config:
     " nobody's training data. With 0, clients report accuracies instead.",
     low=0,
   )
+  client_holdout: float = _setting(
+    0.0,
+    "Share of its images, and of each of its labels, that a client keeps out of"
+    " its training: where clients decide, it reports the accuracy on these, and"
+    " fine-tuning keeps its best round by that. With 0, accuracies that clients"
+    " report are those on what they train on.",
+    low=0,
+    high=0.9,
+  )
 
   # Federated averaging.
   rounds: int = _setting(60, "Rounds of federated training.", low=0)
@@ -446,9 +455,9 @@ class Config:
     "server",
     "Whose accuracies end pruning and adjusting, and choose the round of"
     " fine-tuning: those on the 'server's own images, or those that 'clients'"
-    " report, fine-tuning then keeping its last round, as where the server has"
-    " no images at all. For a server that trains on images unlike its"
-    " clients'.",
+    " report, as where the server has no images at all; fine-tuning then keeps"
+    " its last round, or with --client_holdout the best. For a server that"
+    " trains on images unlike its clients'.",
     choices=("server", "clients"),
     cleansing=True,
   )
@@ -482,8 +491,9 @@ class Config:
     5,
     "Fine-tuning stops after so many rounds without better validation"
     " accuracy; 0 runs all rounds. Either way the best round's model is kept,"
-    " or that from before if none is better; without validation images all"
-    " rounds are run and the last is kept.",
+    " or that from before if none is better; without images that nobody trains"
+    " on (--validation_size, --client_holdout) all rounds are run and the last"
+    " is kept.",
     low=0,
     cleansing=True,
   )
@@ -753,13 +763,14 @@ class Config:
         f"--fine_tune_drop={self.fine_tune_drop:g} is out of range: it must be"
         " -1, or from 0 to 1."
       )
-    if self.fine_tune_drop >= 0 and not self.server_decides:
+    if self.fine_tune_drop >= 0 and not self.chooses_round:
       why = "--validation_size is 0"
       if self.validation_size:
         why = f"--decide_by={self.decide_by} goes by the clients'"
       raise errors.ConfigError(
         f"--fine_tune_drop={self.fine_tune_drop:g} needs the server's own"
-        f" images, and {why}."
+        f" images, and {why}; or images that clients do not train on, by"
+        " --client_holdout."
       )
     try:
       avoided = self.avoided_neurons
@@ -806,8 +817,10 @@ class Config:
   @property
   def steps_per_round(self) -> int:
     """The local steps of a client with `samples_per_client` images."""
-    size = min(self.batch_size, self.samples_per_client)
-    steps = self.local_epochs * -(-self.samples_per_client // size)
+    kept = round(self.client_holdout * self.samples_per_client)
+    samples = max(self.samples_per_client - kept, 1)
+    size = min(self.batch_size, samples)
+    steps = self.local_epochs * -(-samples // size)
     return min(steps, self.local_steps or steps)
 
   @property
@@ -837,6 +850,14 @@ class Config:
   def server_decides(self) -> bool:
     """Whether accuracies on the server's images decide in cleansing."""
     return self.validation_size > 0 and self.decide_by == "server"
+
+  @property
+  def chooses_round(self) -> bool:
+    """Whether fine-tuning keeps its best round, not its last.
+
+    It does where those who decide have images that nobody trains on.
+    """
+    return self.server_decides or self.client_holdout > 0
 
   @property
   def holds_out(self) -> bool:

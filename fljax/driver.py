@@ -6,6 +6,7 @@ is when, and what becomes of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
@@ -193,8 +194,7 @@ class Driver:
         )
       if self.config.fine_tune_drop >= 0 and len(self.phases) == 1:
         # What `_enough` is relative to, before any phase changes the model.
-        for key, examples in self._measured_before().items():
-          self.phases[0][key] = self._validation_accuracy(examples)
+        self.phases[0] |= self._accuracies_before()
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in course(self.config.phases):
         if name not in done:
@@ -434,10 +434,32 @@ class Driver:
     if self._deciding is not None:
       return pipeline.validation_curves(experiment.model, self._deciding)
     return pipeline.reported_curves(
-      experiment.model,
-      experiment.federation,
-      trim=self.config.report_trim,
-      report=functools.partial(self._reported, kind="accuracies"),
+      experiment.model, self._reporting(), **self._as_received()
+    )
+
+  def _reporting(self) -> federations.Federation | populations.Population:
+    """The clients, with the images that they report accuracies on."""
+    kept_back = self.experiment.client_validation
+    return self.experiment.federation if kept_back is None else kept_back
+
+  def _as_received(self) -> dict[str, Any]:
+    """What becomes of the accuracies that clients report."""
+    return {
+      "trim": self.config.report_trim,
+      "report": functools.partial(self._reported, kind="accuracies"),
+    }
+
+  def _reported_rounds(
+    self, most: int
+  ) -> Callable[[models.Params, int], float] | None:
+    """What clients say of rounds of fine-tuning, if that is gone by."""
+    if self._deciding is not None or not self.config.chooses_round:
+      return None
+    return pipeline.reported_rounds(
+      self.experiment.model,
+      self._reporting(),
+      rounds=most,
+      **self._as_received(),
     )
 
   def _reported(
@@ -576,6 +598,7 @@ class Driver:
       rounds=config.fine_tune_rounds,
       patience=config.fine_tune_patience,
       enough=self._enough(),
+      reported=self._reported_rounds(config.fine_tune_rounds),
       examples=examples,
       on_round=tell,
     )
@@ -596,12 +619,19 @@ class Driver:
     if drop < 0:
       return None
     # Of the images that decide now.
-    left = self._deciding is not self.experiment.validation
+    everything = self.experiment.validation
+    left = self._deciding is not None and self._deciding is not everything
     trained = self.phases[0][_LEFT if left else _ACCURACY]
     return float(trained) - drop
 
-  def _measured_before(self) -> dict[str, evaluate.Examples]:
-    """What fine-tuning may decide by, by what the trained model's is called."""
+  def _accuracies_before(self) -> dict[str, float]:
+    """The trained model's, by all that fine-tuning may decide by."""
+    params = self.state.params
+    reported = None
+    if not self.config.server_decides:
+      reported = self._reported_rounds(0)
+    if reported is not None:
+      return {_ACCURACY: reported(params, 0)}
     everything = self.experiment.validation
     assert everything is not None
     found = {_ACCURACY: everything}
@@ -610,12 +640,11 @@ class Driver:
         deciding, _ = self._server_images(name)
         if deciding is not None and deciding is not everything:
           found[_LEFT] = deciding
-    return found
-
-  def _validation_accuracy(self, examples: evaluate.Examples) -> float:
-    """That of the state, on images of the server's."""
     model = self.experiment.model
-    return float(evaluate.measure(model, self.state.params, examples))
+    return {
+      key: float(evaluate.measure(model, params, examples))
+      for key, examples in found.items()
+    }
 
   def _adjust(self, name: str, state: Any) -> tuple[Any, dict[str, Any], Any]:
     """Adjusting extreme weights (AW)."""
@@ -853,9 +882,10 @@ def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
     "test_accuracy": measured["test"],
     "attack_success": measured.get("backdoored"),
   }
-  # As in the searches: what the server itself can measure.
-  if "validation" in measured:
-    line["accuracy"] = measured["validation"]
+  # As in the searches: what the server can go by.
+  for name in ("validation", "reported"):
+    if name in measured:
+      line["accuracy"] = measured[name]
   return line
 
 

@@ -54,6 +54,8 @@ class Experiment(NamedTuple):
     dataset: images and labels.
     model: the network.
     federation: all clients, poisoned; a `Population` if they are on the host.
+    client_validation: the same clients with the images that they keep out of
+      their training, or None. Nothing of them is poisoned.
     attack: the attackers' hooks.
     aggregator: the server's rule.
     block: rounds of training as one program; it donates its state.
@@ -72,6 +74,7 @@ class Experiment(NamedTuple):
   dataset: data.Dataset
   model: models.Model
   federation: federations.Federation | populations.Population
+  client_validation: federations.Federation | populations.Population | None
   attack: attacks.Attack
   aggregator: aggregators.Aggregator
   block: rounds.Block
@@ -134,6 +137,21 @@ def setup(
   image_shape = dataset.train_images.shape[1:]
   _check_labels(config, dataset)
   held_out, partition = _partition(config, dataset)
+  kept_back = None
+  if config.client_holdout:
+    partition, kept_back = partitions.keep_back(
+      partition,
+      dataset.train_labels,
+      config.client_holdout,
+      # Not the stream that deals the images: those are the same as ever.
+      np.random.default_rng((config.seed, 6)),
+    )
+    if not kept_back.mask.any():
+      raise errors.ConfigError(
+        f"--client_holdout={config.client_holdout:g} of"
+        f" --samples_per_client={config.samples_per_client} leaves no client an"
+        " image to measure on."
+      )
   pieces = triggers.pieces(config.trigger, image_shape)
   root = jax.random.key(config.seed)
 
@@ -143,26 +161,36 @@ def setup(
   def poison(clients: federations.Federation) -> federations.Federation:
     return attack.data(clients, jax.random.fold_in(root, 1))
 
-  everyone = (dataset.train_images, dataset.train_labels, partition)
+  images = (dataset.train_images, dataset.train_labels)
   who: dict[str, Any] = {
     "num_attackers": config.num_attackers,
     "pieces": pieces,
     "attack_start": config.attack_start,
     "attack_rounds": config.attack_rounds,
   }
-  federation: federations.Federation | populations.Population
-  if config.population == "host":
-    federation = populations.Population(
-      *everyone,
-      poison=poison,
-      mesh=mesh,
-      chunk=config.clients_per_round,
-      **who,
-    )
-    clients = federation.clients
-  else:
-    clients = poison(federations.create(*everyone, **who))
-    federation = parallel.place(clients, mesh)
+
+  def gathered(
+    dealt: partitions.Partition,
+    poison: Callable[[federations.Federation], federations.Federation],
+  ) -> tuple[Any, federations.Federation]:
+    """All clients, where they are to be, and what there is to see of them."""
+    if config.population == "host":
+      population = populations.Population(
+        *images,
+        dealt,
+        poison=poison,
+        mesh=mesh,
+        chunk=config.clients_per_round,
+        **who,
+      )
+      return population, population.clients
+    clients = poison(federations.create(*images, dealt, **who))
+    return parallel.place(clients, mesh), clients
+
+  federation, clients = gathered(partition, poison)
+  validating = None
+  if kept_back is not None:
+    validating, _ = gathered(kept_back, lambda clients: clients)
   poisons = np.any(clients.poisoned, axis=1).tolist()
   for client in range(config.num_attackers):
     if not poisons[client]:
@@ -233,6 +261,7 @@ def setup(
     dataset=dataset,
     model=model,
     federation=federation,
+    client_validation=validating,
     attack=attacks.chain(attack, *_attacks_on(model, config)),
     aggregator=_aggregator(config),
     block=block,

@@ -2,7 +2,8 @@
 
 Pure functions on NumPy arrays and a generator; they run once, on the host.
 Every partition is disjoint between clients, and from the images that the
-server holds out for validation.
+server holds out for validation. Clients may keep some of their own out of
+their training.
 """
 
 from __future__ import annotations
@@ -266,9 +267,50 @@ def dirichlet(
       " an image and every attacker one of each label that it must hold: raise"
       " --dirichlet_alpha or --samples_per_client."
     )
+  return _padded(shares)
+
+
+def keep_back(
+  partition: Partition,
+  labels: np.ndarray,
+  share: float,
+  rng: np.random.Generator,
+) -> tuple[Partition, Partition]:
+  """Splits each client's images into those it trains on and those it keeps.
+
+  A client with n images keeps round(share · n) of them, but never all, and of
+  every label as large a share as whole images allow.
+
+  Args:
+    partition: who has which image.
+    labels: int [train], of all training images.
+    share: what each client keeps out of its training, in [0, 1).
+    rng: source of randomness.
+
+  Returns:
+    The partition of what is trained on and that of what is kept, disjoint and
+    padded where clients have unequal numbers.
+  """
+  trained: list[np.ndarray] = []
+  kept: list[np.ndarray] = []
+  for indices, mask in zip(*partition, strict=True):
+    own = rng.permutation(indices[mask])
+    own = own[np.argsort(labels[own], kind="stable")]
+    count = min(round(share * len(own)), max(len(own) - 1, 0))
+    # One of every so many in a row, which labels lie along.
+    places = np.arange(count) + rng.random()
+    chosen = np.zeros(len(own), bool)
+    chosen[(places * len(own) / max(count, 1)).astype(int)] = True
+    kept.append(own[chosen])
+    trained.append(rng.permutation(own[~chosen]))
+  return _padded(trained), _padded(kept)
+
+
+def _padded(shares: Sequence[Sequence[int] | np.ndarray]) -> Partition:
+  """The partition that gives each client its share of indices."""
   width = max(len(share) for share in shares)
-  indices = np.zeros((num_clients, width), np.int32)
-  mask = np.zeros((num_clients, width), bool)
+  indices = np.zeros((len(shares), width), np.int32)
+  mask = np.zeros((len(shares), width), bool)
   for client, share in enumerate(shares):
     indices[client, : len(share)] = share
     mask[client, : len(share)] = True

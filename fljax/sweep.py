@@ -707,6 +707,7 @@ def _own_through(
     return experiment
   return experiment._replace(
     federation=move(experiment.federation),
+    client_validation=move(experiment.client_validation),
     validation=move(experiment.validation),
     backdoored=move(experiment.backdoored),
   )

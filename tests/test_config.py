@@ -84,6 +84,7 @@ def test_every_range_is_checked(field):
     ({"fine_tune_gamma": 20.5, "server_rate": 0.5}, "γ goes from 1 to 20"),
     ({"fine_tune_drop": 0.1, "validation_size": 0}, "server's own"),
     ({"fine_tune_drop": 0.1, "decide_by": "clients"}, "decide_by=clients goes"),
+    ({"fine_tune_drop": 0.1, "validation_size": 0}, "by --client_holdout"),
     ({"fine_tune_drop": -0.01}, "-1, or from 0 to 1"),
     ({"cleanse": "fst,aw", "validation_size": 1}, "raise --validation_size"),
     ({"server_data": "x.npz", "validation_size": 0}, "needs --validation_size"),
@@ -124,6 +125,8 @@ def test_gamma_may_reach_clients_over_server_rate():
     ({"samples_per_client": 4800, "local_steps": 75}, 75),
     ({"samples_per_client": 100, "local_steps": 75}, 5),
     ({"samples_per_client": 7}, 1),
+    ({"samples_per_client": 1500, "client_holdout": 0.1}, 68),
+    ({"samples_per_client": 1, "client_holdout": 0.9}, 1),
   ],
 )
 def test_the_steps_of_a_round_are_counted(changes, steps):

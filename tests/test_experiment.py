@@ -755,6 +755,73 @@ def test_where_clients_decide_the_servers_images_do_not(config, tmp_path):
   assert not _with(config, cleanse="fst,ft", decide_by="clients").holds_out
 
 
+@pytest.mark.parametrize("partition", ["labels", "iid", "dirichlet"])
+def test_clients_train_on_none_that_they_keep_back(config, partition):
+  config = _with(config, partition=partition)
+  whole = experiment.setup(config)
+  built = experiment.setup(_with(config, client_holdout=0.25))
+  training, kept = built.federation, built.client_validation
+
+  def images(clients, client, chosen):
+    rows = np.asarray(clients.images[client])[np.asarray(chosen[client])]
+    return {row.tobytes() for row in rows}
+
+  for client in range(config.num_clients):
+    own = images(whole.federation, client, whole.federation.mask)
+    mine = images(training, client, training.mask)
+    held = images(kept, client, kept.mask)
+    size = int(whole.federation.mask[client].sum())
+    assert not mine & held
+    # An attacker's backdoored images have taken the place of others.
+    assert client == 0 or mine | held == own
+    assert int(kept.mask[client].sum()) == round(0.25 * size)
+    assert int(training.mask[client].sum()) == size - round(0.25 * size)
+  assert not np.asarray(kept.poisoned).any()
+  assert np.asarray(training.poisoned).any(axis=1).tolist() == [
+    True,
+    *3 * [False],
+  ]
+
+
+def test_clients_decide_by_what_they_keep_back(config):
+  config = _with(
+    config,
+    client_holdout=0.2,
+    decide_by="clients",
+    fine_tune_rounds=4,
+    fine_tune_patience=0,
+    fine_tune_drop=0.0,
+    pruning_drop=0.3,
+  )
+  experiment.run(config, quiet=True)
+  results, lines, _ = _final(config)
+  built = experiment.setup(config)
+  trained, *_, whole = results["phases"]
+  _, state = experiment.load(config.workdir, phase="all")
+  reported = pipeline.reported_rounds(
+    built.model, built.client_validation, rounds=0, trim=config.report_trim
+  )
+  curves = {
+    name: [line["accuracy"] for line in lines if line["phase"] == name]
+    for name in ("fp", "fp+ft", "all")
+  }
+  tuned = next(p for p in results["phases"] if p["name"] == "fp+ft")
+  assert tuned["kept_round"] == int(np.argmax(curves["fp+ft"]))
+  # Where one phase ends, the next one begins.
+  assert curves["fp"][0] == pytest.approx(trained["accuracy"])
+  assert curves["all"][0] == pytest.approx(max(curves["fp+ft"]))
+  enough = trained["accuracy"] - 1e-6
+  assert all(value < enough for value in curves["fp+ft"][:-1])
+  deltas = [line["delta"] for line in lines if line["phase"] == "all"]
+  kept = curves["all"][deltas.index(whole["delta"])]
+  assert reported(state.params, 0) == pytest.approx(kept)
+
+
+def test_a_holdout_that_holds_nothing_is_refused(config):
+  with pytest.raises(errors.ConfigError, match="no client an image to measure"):
+    experiment.setup(_with(config, client_holdout=0.001))
+
+
 @pytest.mark.parametrize(
   "made, message",
   [
@@ -1036,8 +1103,12 @@ def test_training_that_diverges_stops_with_the_last_good_checkpoint(config):
   assert int(state.round) == 0
 
 
-@pytest.mark.parametrize("validation_size", [60, 0])
-def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
+@pytest.mark.parametrize(
+  "validation_size, holdout", [(60, 0), (0, 0), (0, 0.2)]
+)
+def test_a_population_on_the_host_ends_in_the_same(
+  config, validation_size, holdout
+):
   """Also where the clients have to report accuracies."""
   config = _with(
     config,
@@ -1046,6 +1117,7 @@ def test_a_population_on_the_host_ends_in_the_same(config, validation_size):
     attack_rounds=1,
     fine_tune_rounds=1,
     validation_size=validation_size,
+    client_holdout=float(holdout),
     cleanse="fp,ft",
   )
   there = _with(config, workdir=config.workdir + "-host", population="host")

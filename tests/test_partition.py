@@ -198,3 +198,30 @@ def test_an_impossible_dirichlet_draw_is_refused():
       required={0: [10]},
       rng=rng,
     )
+
+
+@given(
+  seed=st.integers(0, 1000),
+  share=st.floats(0, 0.9),
+  sizes=st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(any),
+)
+def test_what_clients_keep_back_is_a_fair_share_of_their_own(
+  seed, share, sizes
+):
+  rng = np.random.default_rng(seed)
+  order = rng.permutation(len(LABELS))
+  mask = np.arange(max(sizes)) < np.array(sizes)[:, np.newaxis]
+  indices = np.zeros(mask.shape, np.int32)
+  indices[mask] = order[: sum(sizes)]
+  dealt = partition.Partition(indices, mask)
+  trained, kept = partition.keep_back(dealt, LABELS, share, rng)
+  for client, size in enumerate(sizes):
+    own, mine, held = (
+      one.indices[client][one.mask[client]] for one in (dealt, trained, kept)
+    )
+    assert sorted([*mine, *held]) == sorted(own)
+    assert len(held) == min(round(share * size), max(size - 1, 0))
+    if size:
+      had = np.bincount(LABELS[own], minlength=10)
+      fair = had * len(held) / size
+      assert np.abs(np.bincount(LABELS[held], minlength=10) - fair).max() <= 1

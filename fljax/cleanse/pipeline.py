@@ -6,7 +6,8 @@
 
 How far to go is decided by accuracies, and where those come from is a
 function that the caller passes: `validation_curves` for a server with images
-of its own, `reported_curves` for one that has to ask the clients.
+of its own, `reported_curves` and `reported_rounds` for one that has to ask the
+clients.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fljax import federation as federations
 from fljax import models
 from fljax import population as populations
 from fljax.cleanse import pruning
+from fljax.cleanse import reports
 from fljax.cleanse import selection
 from fljax.cleanse import weights
 
@@ -94,7 +96,8 @@ def reported_curves(
 
   Args:
     model: the network.
-    federation: all clients; each measures on its own training data.
+    federation: all clients, with the samples that each measures on: what it
+      trains on, or better what it keeps out of that (`partition.keep_back`).
     trim: share of clients left out on each side, see
       `selection.trimmed_mean`.
     report: what becomes of the honest reports [clients, steps] on their way
@@ -124,6 +127,43 @@ def reported_curves(
     return selection.trimmed_mean(np.asarray(report(honest)), trim)
 
   return Curves(along_order, along_deltas)
+
+
+def reported_rounds(
+  model: models.Model,
+  federation: federations.Federation | populations.Population,
+  *,
+  rounds: int,
+  trim: float,
+  report: Callable[[Array], Array] = lambda values: values,
+) -> Callable[[models.Params, int], float]:
+  """The accuracy that clients report after each round of fine-tuning.
+
+  Args:
+    model: the network.
+    federation: all clients, with the samples that each measures on, which
+      should be none that it trains on.
+    rounds: the most rounds of fine-tuning.
+    trim: share of clients left out on each side, see
+      `selection.trimmed_mean`.
+    report: what becomes of the honest reports [clients, rounds + 1], NaN of
+      rounds that are to come, on their way to the server.
+
+  Returns:
+    (params, rounds done) -> accuracy, for one fine-tuning: it remembers what
+    was reported before.
+  """
+  honest = np.full((federation.num_clients, rounds + 1), np.nan, np.float32)
+
+  def accuracy(params: models.Params, done: int) -> float:
+    honest[:, done] = populations.ask_clients(
+      lambda clients: reports.client_accuracies(model, params, clients),
+      federation,
+    )
+    received = np.asarray(report(jnp.asarray(honest)))
+    return float(selection.trimmed_mean(received[:, [done]], trim)[0])
+
+  return accuracy
 
 
 class Pruned(NamedTuple):
@@ -294,6 +334,7 @@ def fine_tune(
   rounds: int,
   patience: int = 0,
   enough: float | None = None,
+  reported: Callable[[models.Params, int], float] | None = None,
   examples: dict[str, evaluate.Examples] | None = None,
   on_round: Callable[
     [int, rounds_lib.ServerState, rounds_lib.RoundMetrics], None
@@ -317,51 +358,65 @@ def fine_tune(
       keep up.
     key: random key of training.
     rounds: at most so many.
-    patience: stops after so many rounds without better accuracy on the
-      server's validation images, examples["validation"]; 0, or no such
-      examples, never does.
-    enough: stops as soon as the accuracy on the server's validation images is
-      at least this, before the first round already: threshold_tuning of
-      Algorithm 1. The attackers take part in every round, so that none is
-      wanted that the model does not need. None never stops for that.
+    patience: stops after so many rounds without better accuracy, on the
+      server's validation images, examples["validation"], or as clients report
+      it; 0, or neither of them, never does.
+    enough: stops as soon as that accuracy is at least this, before the first
+      round already: threshold_tuning of Algorithm 1. The attackers take part in
+      every round, so that none is wanted that the model does not need. None
+      never stops for that.
+    reported: (params, rounds done) -> accuracy, see `reported_rounds`, where
+      it takes the place of that on the server's images.
     examples: what to evaluate on after each round, by name.
-    on_round: is told rounds done, state and metrics after each; with
-      validation images before the first, too.
+    on_round: is told rounds done, state and metrics after each, with what was
+      reported as accuracies["reported"]; where there is an accuracy to go by,
+      before the first, too.
 
   Returns:
-    The state after the round that was best on the validation images, the
-    first of equals, or the state that came in: the server stops "when the
-    accuracy does not improve any further", and rounds that did not improve it
-    are undone, as everywhere in cleansing. Without validation images, the
-    state after the last round.
+    The state after the round whose accuracy was best, the first of equals, or
+    the state that came in: the server stops "when the accuracy does not
+    improve any further", and rounds that did not improve it are undone, as
+    everywhere in cleansing. Without an accuracy to go by, the state after the
+    last round.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Section IV-B, Equation 2, and Algorithm 1,
     "Fine-tuning".
   """
+  by = "validation" if reported is None else "reported"
+
+  def run(
+    state: rounds_lib.ServerState, length: int, done: int
+  ) -> tuple[rounds_lib.ServerState, rounds_lib.RoundMetrics]:
+    state, metrics = block(state, federation, key, length, examples)
+    if reported is not None and not int(metrics.bad_round):
+      heard = jnp.float32(reported(state.params, done))
+      metrics = metrics.replace(accuracies={**metrics.accuracies, by: heard})
+    return state, metrics
+
   chosen = FineTuned(state, 0, 0, False)
   state = jax.tree.map(jnp.copy, state)  # Blocks donate theirs.
   best = float("-inf")
-  if rounds and "validation" in (examples or {}):
+  if rounds and (reported is not None or "validation" in (examples or {})):
     # No round: what the block says of the model as it comes in.
-    state, metrics = block(state, federation, key, 0, examples)
-    best = float(metrics.accuracies["validation"])
+    state, metrics = run(state, 0, 0)
+    best = float(metrics.accuracies[by])
     if on_round is not None:
       on_round(0, state, metrics)
     if enough is not None and best >= enough - selection.TOLERANCE:
       return chosen
   for done in range(1, rounds + 1):
-    state, metrics = block(state, federation, key, 1, examples)
+    state, metrics = run(state, 1, done)
     if int(metrics.bad_round):
       return FineTuned(state, done, done, True)
     if on_round is not None:
       on_round(done, state, metrics)
-    if "validation" not in metrics.accuracies:
+    if by not in metrics.accuracies:
       chosen = FineTuned(state, done, done, False)
       continue
     chosen = chosen._replace(rounds=done)
-    measured = float(metrics.accuracies["validation"])
+    measured = float(metrics.accuracies[by])
     if measured > best:
       best = measured
       kept = jax.tree.map(jnp.copy, state) if done < rounds else state

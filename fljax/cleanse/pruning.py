@@ -157,7 +157,7 @@ def client_curves(
 ) -> Array:
   """The accuracies that clients report when the server cannot validate.
 
-  Each client measures every step on its own training data.
+  Each client measures every step on samples of its own.
 
   Args:
     model: the network.

@@ -1,4 +1,4 @@
-"""What each client measures on its own training data.
+"""What each client measures on its own data.
 
 Clients keep their data; the server sees the ranks, votes or accuracies that
 are made of these means.
@@ -14,6 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fljax import evaluate
 from fljax import execution
 from fljax import federation as federations
 from fljax import models
@@ -31,14 +32,14 @@ def client_mean(
   *,
   batch_size: int = 100,
 ) -> Array:
-  """Averages something over every client's training samples.
+  """Averages something over every client's samples.
 
   Args:
     total: (common, images [batch, height, width, channels], labels [batch],
       mask [batch]) -> the sum of it over the samples that count, any shape.
     common: the same for all clients, such as the model's parameters.
-    federation: all clients. An attacker's samples include its backdoored
-      ones, stamped.
+    federation: all clients, with what they train on or what they keep out of
+      it. An attacker's training samples include its backdoored ones, stamped.
     batch_size: samples per step.
 
   Returns:
@@ -100,5 +101,32 @@ def client_activations(
     active = model.activations(params, model.stem(params, images))
     means = active.reshape(images.shape[0], -1, model.neurons).mean(axis=1)
     return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
+
+  return client_mean(total, params, federation)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def client_accuracies(
+  model: models.Model,
+  params: models.Params,
+  federation: federations.Federation,
+) -> Array:
+  """The accuracy that each client has with a model.
+
+  Args:
+    model: the network.
+    params: the global model.
+    federation: all clients, with the samples that they measure on.
+
+  Returns:
+    float32 [clients]; NaN for a client without samples.
+  """
+
+  def total(
+    params: models.Params, images: Array, labels: Array, mask: Array
+  ) -> Array:
+    return evaluate.right(
+      models.apply(model, params, images), labels, mask
+    ).sum()
 
   return client_mean(total, params, federation)

@@ -204,7 +204,7 @@ def client_curves(
 ) -> Array:
   """The accuracies that clients report when the server cannot validate.
 
-  Each client measures the model at every Δ on its own training data.
+  Each client measures the model at every Δ on samples of its own.
 
   Args:
     model: the network.

@@ -287,19 +287,30 @@ def test_weights_can_be_adjusted_without_validation_images(model, trained):
   "measured", [[0.5, 0.7, 0.6, 0.7, 0.4, 0.8], [0.5], [0.9, 0.1, 0.2], []]
 )
 @pytest.mark.parametrize("before", [0.3, 0.66, 0.9])
+@pytest.mark.parametrize("by", ["server", "clients"])
 def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
-  model, before, measured, patience, enough
+  model, by, before, measured, patience, enough
 ):
   accuracies = iter([before, *measured])
 
+  def reported(params, done):
+    assert int(asked[0].round) == int(state.round) + done
+    chex.assert_trees_all_equal(params, asked[0].params)
+    return float(next(accuracies))
+
+  asked = []
+
   def block(state, federation, key, length, examples):
-    del federation, key, examples
+    del federation, key
     after = jax.tree.map(jnp.copy, state.replace(round=state.round + length))
     jax.tree.map(lambda x: x.delete(), state)  # Blocks donate it.
+    asked[:] = [after]
+    # Where clients are asked, what the server has does not decide.
+    on_server = next(accuracies) if by == "server" else 1 / (1 + after.round)
     metrics = rounds.RoundMetrics(
       loss=jnp.zeros(()),
       bad_round=jnp.zeros((), jnp.int32),
-      accuracies={"validation": jnp.float32(next(accuracies))},
+      accuracies={name: jnp.float32(on_server) for name in examples},
     )
     return after, metrics
 
@@ -322,11 +333,46 @@ def test_fine_tuning_keeps_the_best_round_of_those_it_runs(
     rounds=len(measured),
     patience=patience,
     enough=enough,
+    reported=reported if by == "clients" else None,
     examples={"validation": None},
   )
   assert tuned.rounds == ran and not tuned.bad_round
   assert tuned.kept == int(np.argmax(along[: ran + 1]))
   assert int(tuned.state.round) == int(state.round) + tuned.kept
+
+
+@pytest.mark.parametrize("lie", ["honest", "stop_pruning", "ruin_model"])
+def test_rounds_are_reported_as_searches_are(model, trained, lie):
+  """An attacker's lie is outweighed by three clients' truth."""
+  params, federation, _ = trained
+  told = []
+
+  def report(values):
+    told.append(np.asarray(values))
+    return attacks.REPORTS[lie].report(values, federation, kind="accuracies")
+
+  accuracy = pipeline.reported_rounds(
+    model, federation, rounds=2, trim=0.25, report=report
+  )
+  worse = jax.tree.map(jnp.zeros_like, params)
+  for done, model_then in enumerate((params, worse)):
+    truth = reports.client_accuracies(model, model_then, federation)
+    heard = accuracy(model_then, done)
+    assert truth[1:].min() <= heard <= truth[1:].max() or lie == "honest"
+    np.testing.assert_array_equal(told[done][:, done], truth)
+    assert np.isnan(told[done][:, done + 1 :]).all()
+  honest = np.sort(truth)[1:-1].mean()
+  assert lie != "honest" or heard == pytest.approx(float(honest))
+
+
+def test_clients_have_the_accuracies_of_unpruned_curves(model, trained):
+  params, federation, _ = trained
+  federation = federation.replace(mask=federation.mask.at[1, 7:].set(False))
+  curves = pruning.client_curves(
+    model, params, jnp.arange(model.neurons), federation
+  )
+  accuracies = reports.client_accuracies(model, params, federation)
+  np.testing.assert_allclose(accuracies, curves[:, 0], atol=1e-6)
 
 
 def test_fine_tuning_without_validation_images_keeps_the_last_round(
