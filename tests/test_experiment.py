@@ -371,6 +371,12 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
       "initialisation": "he",
     },
     {"validation_size": 0, "attacker_reports": "stop_pruning"},
+    {
+      "validation_size": 0,
+      "client_holdout": 0.3,
+      "partition": "dirichlet",
+      "attacker_reports": "ruin_model",
+    },
     {"pruning": "gain", "validation_size": 0, "attacker_gain": 1.0},
     {
       "attack_images": "others",

@@ -77,14 +77,7 @@ def _server_alone(
     + " Published numbers are those of the paper's process."
     + (f" {plan.JPEG}" if labels else ""),
     _SERVER_COLUMNS,
-    tuple(
-      Row(
-        plan.arrow(pair, labels),
-        _server_cells(plan.of_pair(base, pair)),
-        (*numbers[:2], *numbers[-2:], *(None,) * 4),
-      )
-      for pair, numbers in published.items()
-    ),
+    plan.rows_of_pairs(base, published, _server_cells, _SERVER_COLUMNS, labels),
     (
       (
         "Feature Shift Tuning by the server ends with no less accuracy, and no"
@@ -227,14 +220,7 @@ def beyond_8(bases: Bases) -> Table:
     " seeds with AA on the screen. Published numbers are those of the paper's"
     " process.",
     _FEW_COLUMNS,
-    tuple(
-      Row(
-        plan.arrow(pair),
-        cells(plan.of_pair(base, pair)),
-        (*numbers[:2], *numbers[-2:], *(None,) * 8),
-      )
-      for pair, numbers in paper.TABLE_1.items()
-    ),
+    plan.rows_of_pairs(base, paper.TABLE_1, cells, _FEW_COLUMNS),
     (
       (
         "Fine-tuning by a trimmed mean brings back accuracy that Feature Shift"
@@ -319,13 +305,8 @@ def beyond_9(bases: Bases) -> Table:
     " calibration seeds with AA on the screen."
     " Published numbers are those of the paper's process.",
     _ELSEWHERE_COLUMNS,
-    tuple(
-      Row(
-        plan.arrow(pair),
-        cells(plan.of_pair(bases["mnist"], pair)),
-        (*numbers[:2], *numbers[-2:], *(None,) * 10),
-      )
-      for pair, numbers in paper.TABLE_1.items()
+    plan.rows_of_pairs(
+      bases["mnist"], paper.TABLE_1, cells, _ELSEWHERE_COLUMNS
     ),
     (
       (

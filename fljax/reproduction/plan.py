@@ -230,6 +230,37 @@ def accuracies(
   )
 
 
+def rows_of_pairs(
+  base: Config,
+  published: Mapping[paper.Pair, tuple[float, ...]],
+  cells: Callable[[Config], dict[str, Cell]],
+  columns: Sequence[Column],
+  names: tuple[str, ...] | None = None,
+) -> tuple[Row, ...]:
+  """A row per pair, where the paper has but training and its whole process.
+
+  Args:
+    base: the settings, with any pair.
+    published: the paper's numbers, which begin with TA and AA of training and
+      end with those of its process.
+    cells: settings with a pair -> the experiments of a row.
+    columns: of the table; the first four are training and the process.
+    names: of labels, see `arrow`.
+
+  Returns:
+    The rows.
+  """
+  unknown = (None,) * (len(columns) - 4)
+  return tuple(
+    Row(
+      arrow(pair, names),
+      cells(of_pair(base, pair)),
+      (*numbers[:2], *numbers[-2:], *unknown),
+    )
+    for pair, numbers in published.items()
+  )
+
+
 TRAINING, FP = ("Training", "training"), ("FP", "fp")
 FP_AW, ALL = ("FP+AW", "fp+aw"), ("All", "all")
 
