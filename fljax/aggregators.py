@@ -176,12 +176,16 @@ def _sorted(leaf: Array) -> Array:
   return jnp.stack(rows)
 
 
-AGGREGATORS: dict[str, Callable[[], Aggregator]] = {
-  "mean": mean,
-  "weighted": weighted_mean,
+# By name: of the share of clients that may be malicious, which only rules that
+# leave so many out look at. `extensions.aggregator` adds to them.
+AGGREGATORS: dict[str, Callable[[float], Aggregator]] = {
+  "mean": lambda trim: mean(),
+  "weighted": lambda trim: weighted_mean(),
   "trimmed_mean": trimmed_mean,
-  "median": median,
+  "median": lambda trim: median(),
 }
+# Those of them to which that share is nothing.
+WITHOUT_TRIM = ("mean", "weighted", "median")
 
 
 def build(name: str, *, trim: float) -> Aggregator:
@@ -189,7 +193,7 @@ def build(name: str, *, trim: float) -> Aggregator:
 
   Args:
     name: which.
-    trim: what `trimmed_mean` leaves out; the others do not need it.
+    trim: what `trimmed_mean` leaves out; of fljax's own no other looks at it.
 
   Returns:
     The aggregator.
@@ -198,6 +202,4 @@ def build(name: str, *, trim: float) -> Aggregator:
     errors.ConfigError: there is no such name.
   """
   errors.require_choice("aggregator", name, AGGREGATORS)
-  if name == "trimmed_mean":
-    return trimmed_mean(trim)
-  return AGGREGATORS[name]()
+  return AGGREGATORS[name](trim)

@@ -110,7 +110,8 @@ class ReportHook(Protocol):
       values: [clients, ...], the honest report: "activations" [clients,
         neurons], the means from which a client derives its ranks or votes; or
         "accuracies" [clients, steps], of the model at each step of pruning or
-        of adjusting.
+        of adjusting, or after each round of fine-tuning, NaN of what is to
+        come: of those the newest counts.
       federation: all clients; on a mesh, rows of padding may follow them
         (`Federation.padding`), for which there is no report.
       kind: "activations" or "accuracies".
@@ -388,9 +389,10 @@ def false_accuracies(*, stop_pruning: bool) -> Attack:
   """Attackers lie where clients report accuracies to end the searches.
 
   Args:
-    stop_pruning: True reports total failure from the first pruned neuron, and
-      the first step of Δ, on, to keep the backdoor; False reports perfect
-      accuracy throughout, to have the model pruned and adjusted to ruin.
+    stop_pruning: True reports total failure from the first pruned neuron, the
+      first step of Δ and the first round of fine-tuning on, to keep the
+      backdoor; False reports perfect accuracy throughout, to have the model
+      pruned and adjusted to ruin.
 
   Returns:
     An attack on the reported accuracies.
@@ -699,6 +701,16 @@ def within_benign(spread: float) -> Attack:
 
   return Attack(updates=updates, rowwise=False)
 
+
+# What attackers do, by name: of the network and the settings (`config.Config`).
+# `extensions.attack` adds to them.
+ATTACKS: dict[str, Callable[[models.Model, Any], Attack]] = {
+  "backdoor": lambda model, config: backdoor(
+    victim_label=config.victim_label,
+    target_label=config.target_label,
+    fraction=config.poison_fraction,
+  ),
+}
 
 # What attackers add to the backdoor itself when they report: the values of
 # --attacker_reports.

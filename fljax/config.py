@@ -6,6 +6,8 @@ in one place. `launch/*.flags` are flagfiles of them.
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Collection
 import dataclasses
 import math
 from pathlib import Path
@@ -19,27 +21,31 @@ from fljax import data
 from fljax import errors
 from fljax import evaluate
 from fljax import execution
+from fljax import extensions
 from fljax import layers
 from fljax import local
 from fljax import networks
 from fljax import triggers
+from fljax.baselines import phases as baselines
+from fljax.cleanse import pipeline
 from fljax.cleanse import pruning
 from fljax.cleanse import selection
 from fljax.cleanse import weights
 
-PHASES = ("fp", "ft", "aw")
 # Adjusting thins the margin of the victim class, and training on restores it.
 RETURNING = ("ft", "aw")
-# Defences to compare with; the server uses its own validation images.
-# The last one is no defence: it sees test images and AA.
-BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "fst", "nc-oracle")
-# Those of them that train on these images.
-TRAINING_BASELINES = ("nc-unlearn", "fine-pruning", "fst")
 # A value of --pruning that needs no report.
 GAIN = "gain"
 _LARGEST = 2**31 - 1
 # Of Δ; where clients report accuracies, each of all.
 _MOST_STEPS = 10_000
+# Choices that a user's own join when they are registered.
+_MODELS: ChainMap[str, Any] = ChainMap(networks.NETWORKS, networks.BUILDERS)
+_TUNING_RULES: ChainMap[str, Any] = ChainMap(
+  {"same": None}, aggregators.AGGREGATORS
+)
+# In config.json beside the settings: what parts of a user's own are made of.
+TRAINING_CODE, CLEANSING_CODE = "code_of_training", "code_of_cleansing"
 # Settings that are paths, or may be.
 PATHS = (
   "workdir",
@@ -58,7 +64,7 @@ def _setting(
   low: float | None = None,
   high: float | None = None,
   above: float | None = None,
-  choices: tuple[str, ...] | None = None,
+  choices: Collection[str] | None = None,
   identity: bool = True,
   structure: bool = True,
   cleansing: bool = False,
@@ -71,7 +77,7 @@ def _setting(
     low: smallest value.
     high: largest value.
     above: the value must be larger than this.
-    choices: allowed strings.
+    choices: allowed strings; a dictionary's keys, as they are when asked.
     identity: whether another value makes it another experiment; False for
       where files are and what is shown.
     structure: whether another value makes other programs; False for what
@@ -154,6 +160,15 @@ class Config:
     identity=False,
   )
 
+  extensions: str = _setting(
+    "",
+    "Python files, joined by commas, with networks, triggers, aggregation"
+    " rules, attacks and defences of your own, for the settings to name: see"
+    " fljax.extensions, and launch/extension_example.py.",
+    identity=False,
+    structure=False,
+  )
+
   # The experiment.
   dataset: str = _setting(
     "mnist",
@@ -165,7 +180,7 @@ class Config:
     "Network. '_bn' has batch normalisation, whose running statistics the"
     " server averages like weights, and one fully connected layer instead of"
     " three.",
-    choices=tuple(networks.NETWORKS),
+    choices=_MODELS,
   )
   initialisation: str = _setting(
     "uniform",
@@ -224,9 +239,10 @@ class Config:
   client_holdout: float = _setting(
     0.0,
     "Share of its images, and of each of its labels, that a client keeps out of"
-    " its training: where clients decide, it reports the accuracy on these, and"
-    " fine-tuning keeps its best round by that. With 0, accuracies that clients"
-    " report are those on what they train on.",
+    " its training, whoever decides. Where clients do, it reports the accuracy"
+    " on these, or nothing if they are none, and fine-tuning keeps its best"
+    " round by that. With 0, accuracies that clients report are those on what"
+    " they train on.",
     low=0,
     high=0.9,
   )
@@ -281,7 +297,7 @@ class Config:
     "'mean' is the paper's plain mean of updates, 'weighted' FedAvg's by"
     " number of images; 'trimmed_mean' and 'median' of each parameter withstand"
     " a minority, and learn less where clients differ.",
-    choices=tuple(aggregators.AGGREGATORS),
+    choices=aggregators.AGGREGATORS,
   )
   aggregation_trim: float = _setting(
     0.2,
@@ -302,6 +318,13 @@ class Config:
 
   # The attack.
   num_attackers: int = _setting(1, "Malicious clients.", low=0)
+  attack: str = _setting(
+    "backdoor",
+    "What they do, in order, joined by commas: the 'backdoor' by data that"
+    " the settings below describe, and attacks of your own (--extensions),"
+    " beside it or instead. Amplification, rates and reports are as the"
+    " settings say in any case.",
+  )
   victim_label: int = _setting(
     9,
     "Label whose stamped images shall be misclassified (VL).",
@@ -320,7 +343,7 @@ class Config:
     "pixel5",
     "Backdoor pattern: so many pixels in the lower right corner, the one in"
     " the very corner, or the four pieces of the Distributed Backdoor Attack.",
-    choices=tuple(triggers.TRIGGERS),
+    choices=triggers.TRIGGERS,
     structure=False,
   )
   poison_fraction: float = _setting(
@@ -361,9 +384,9 @@ class Config:
   attacker_reports: str = _setting(
     "honest",
     "What attackers report: the truth; where clients report accuracies, by"
-    " which pruning and adjusting end, total failure to stop them, or"
-    " perfection to have the model ruined; or ranks and votes that promote the"
-    " backdoor's neurons.",
+    " which pruning and adjusting end and a round of fine-tuning is kept, total"
+    " failure to stop them, or perfection to have the model ruined; or ranks"
+    " and votes that promote the backdoor's neurons.",
     choices=tuple(attacks.REPORTS),
     cleansing=True,
   )
@@ -420,8 +443,8 @@ class Config:
     " the server does alone with its own images: nc-prune and nc-unlearn"
     " (Neural Cleanse), fine-pruning, fst (Feature Shift Tuning); and nc-oracle"
     " (Neural Cleanse told the target label, on the test images, the best of"
-    " several by AA). Each is applied to the trained model if only such are"
-    " named."
+    " several by AA), or a defence of your own (--extensions). Each is applied"
+    " to the trained model if only such are named."
     " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
     cleansing=True,
   )
@@ -490,10 +513,10 @@ class Config:
   fine_tune_patience: int = _setting(
     5,
     "Fine-tuning stops after so many rounds without better validation"
-    " accuracy; 0 runs all rounds. Either way the best round's model is kept,"
-    " or that from before if none is better; without images that nobody trains"
-    " on (--validation_size, --client_holdout) all rounds are run and the last"
-    " is kept.",
+    " accuracy, or such as clients report where they decide; 0 runs all rounds."
+    " Either way the best round's model is kept, or that from before if none is"
+    " better; where clients decide without --client_holdout, all rounds are run"
+    " and the last is kept.",
     low=0,
     cleansing=True,
   )
@@ -526,7 +549,7 @@ class Config:
     "How the updates of fine-tuning are aggregated; 'same' is as in training."
     " With trimmed_mean or median, one or two attackers of ten hardly teach"
     " the model again what adjusting removed before (aw,ft).",
-    choices=("same", *aggregators.AGGREGATORS),
+    choices=_TUNING_RULES,
     cleansing=True,
   )
   fine_tune_learning_rate: float = _setting(
@@ -685,6 +708,9 @@ class Config:
   )
 
   def __post_init__(self) -> None:
+    if isinstance(self.extensions, str):
+      # First, as other settings name what they register.
+      extensions.load(self.extensions)
     for field in dataclasses.fields(self):
       _check_range(field, getattr(self, field.name))
     self._check_consistency()
@@ -721,7 +747,7 @@ class Config:
           f"--{name}={getattr(self, name):g} is out of range: γ goes from 1"
           f" to {largest:g}, clients per round over server rate."
         )
-    known = (*PHASES, *BASELINES)
+    known = (*pipeline.PHASES, *alone())
     unknown = [phase for phase in self.phases if phase not in known]
     again = [
       phase
@@ -735,17 +761,16 @@ class Config:
         f" separated by commas; only {' and '.join(RETURNING)} may come again,"
         " after another phase."
       )
-    baselines = [phase for phase in self.phases if phase in BASELINES]
     oracle = "nc-oracle"
-    if oracle in baselines and not self.num_attackers:
+    if oracle in self.phases and not self.num_attackers:
       raise errors.ConfigError(
         f"--cleanse={self.cleanse}: {oracle} chooses by the attack's success,"
         " and --num_attackers is 0."
       )
-    deployable = [phase for phase in baselines if phase != oracle]
-    if deployable and not self.validation_size:
+    needing = [phase for phase in self.phases if phase in needing_images()]
+    if needing and not self.validation_size:
       raise errors.ConfigError(
-        f"--cleanse={self.cleanse}: {deployable[0]} needs the server's own"
+        f"--cleanse={self.cleanse}: {needing[0]} needs the server's own"
         " images, and --validation_size is 0."
       )
     if self.server_data and not self.validation_size:
@@ -772,6 +797,23 @@ class Config:
         f" images, and {why}; or images that clients do not train on, by"
         " --client_holdout."
       )
+    if not self.attack_names:
+      raise errors.ConfigError(
+        "--attack must name what attackers do; with --num_attackers=0 there"
+        " are none."
+      )
+    for name in self.attack_names:
+      errors.require_choice("--attack", name, attacks.ATTACKS)
+      if self.attack_names.count(name) > 1:
+        raise errors.ConfigError(f"--attack={self.attack} has {name} twice.")
+    if self.model in networks.BUILDERS:
+      for name in ("initialisation", "conv", "pooling"):
+        default = type(self).__dataclass_fields__[name].default
+        if getattr(self, name) != default:
+          raise errors.ConfigError(
+            f"--{name}={getattr(self, name)} is for fljax's own networks, not"
+            f" for --model={self.model}."
+          )
     try:
       avoided = self.avoided_neurons
     except ValueError:
@@ -810,6 +852,11 @@ class Config:
       require_home(f"--{name}", getattr(self, name))
 
   @property
+  def attack_names(self) -> tuple[str, ...]:
+    """What attackers do, by name, in order."""
+    return _parts(self.attack)
+
+  @property
   def avoided_neurons(self) -> tuple[int, ...]:
     """The neurons of `attacker_avoids`."""
     return tuple(int(text) for text in self.attacker_avoids.split(",") if text)
@@ -844,7 +891,7 @@ class Config:
   @property
   def phases(self) -> tuple[str, ...]:
     """The phases of cleansing, in order."""
-    return tuple(p.strip() for p in self.cleanse.split(",") if p.strip())
+    return _parts(self.cleanse)
 
   @property
   def server_decides(self) -> bool:
@@ -862,18 +909,35 @@ class Config:
   @property
   def holds_out(self) -> bool:
     """Whether the server's own training leaves images for phases after it."""
-    trains = [phase in TRAINING_BASELINES for phase in self.phases]
+    trains = [phase in training_alone() for phase in self.phases]
     if not (self.server_decides and self.server_holdout and any(trains)):
       return False
-    return bool({*self.phases[trains.index(True) :]} & {*PHASES})
+    return bool({*self.phases[trains.index(True) :]} & {*pipeline.PHASES})
+
+  @property
+  def code(self) -> dict[str, dict[str, str | None]]:
+    """What parts of a user's own are made of, see `extensions.code_of`."""
+    return {
+      TRAINING_CODE: extensions.code_of(
+        ("network", self.model),
+        ("trigger", self.trigger),
+        ("aggregator", self.aggregation),
+        *(("attack", name) for name in self.attack_names),
+      ),
+      CLEANSING_CODE: extensions.code_of(
+        ("aggregator", self.fine_tune_aggregation),
+        *(("defence", name) for name in self.phases),
+      ),
+    }
 
   def identity(self) -> dict[str, Any]:
-    """The settings that make this experiment what it is."""
-    return {
+    """What makes this experiment what it is: settings, and parts' code."""
+    settings = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["identity"]
     }
+    return {**settings, **self.code}
 
   @staticmethod
   def defaults() -> dict[str, Any]:
@@ -882,23 +946,24 @@ class Config:
     A new setting's default means what was done before it existed, so that a
     folder made then is still known.
     """
-    return {
+    settings = {
       field.name: field.default
       for field in dataclasses.fields(Config)
       if field.metadata["identity"]
     }
+    return {**settings, TRAINING_CODE: {}, CLEANSING_CODE: {}}
 
   def training(self) -> dict[str, Any]:
-    """The settings that make the trained model what it is."""
-    found = {
+    """What makes the trained model what it is, see `identity`."""
+    found: dict[str, Any] = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["identity"] and not field.metadata["cleansing"]
     }
-    if self.aggregation != "trimmed_mean":
+    if self.aggregation in aggregators.WITHOUT_TRIM:
       # It is fine-tuning's alone then.
       del found["aggregation_trim"]
-    return found
+    return {**found, TRAINING_CODE: self.code[TRAINING_CODE]}
 
   def structure(self) -> dict[str, Any]:
     """The settings that decide on its programs, and where they run."""
@@ -907,6 +972,30 @@ class Config:
       for field in dataclasses.fields(self)
       if field.metadata["structure"]
     }
+
+
+def alone() -> tuple[str, ...]:
+  """Phases that are applied to the trained model if only such are named."""
+  return (*baselines.BASELINES, *baselines.DEFENCES)
+
+
+def needing_images() -> tuple[str, ...]:
+  """Phases for which the server must have images."""
+  own = (name for name, one in baselines.DEFENCES.items() if one.needs_images)
+  return (*(name for name in baselines.BASELINES if name != "nc-oracle"), *own)
+
+
+def training_alone() -> tuple[str, ...]:
+  """Phases in which the server trains on its images, or may do so."""
+  return tuple(
+    name
+    for name in needing_images()
+    if name in (*baselines.TRAINING_BASELINES, *baselines.DEFENCES)
+  )
+
+
+def _parts(text: str) -> tuple[str, ...]:
+  return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def require_home(flag: str, path: str) -> None:

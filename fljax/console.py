@@ -134,6 +134,12 @@ def detail(phase: dict[str, Any]) -> str:
     )
   if "pruned_neurons" in phase:
     parts.append(f"{phase['pruned_neurons']} of {phase['neurons']} pruned")
+  for fact, value in phase.get("facts", {}).items():
+    # Of a defence of a user's own: what fits here.
+    if isinstance(value, str | int):
+      parts.append(f"{fact} {value}"[:40])
+    elif isinstance(value, float):
+      parts.append(f"{fact} {value:.4g}"[:40])
   if "largest_anomaly" in phase:
     parts.append(f"anomaly index up to {phase['largest_anomaly']:.1f}")
   if "fine_tune_rounds" in phase:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import importlib.metadata
+import json
 from pathlib import Path
 import platform
 import signal
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fljax
+from fljax import attacks
 from fljax import config as configs
 from fljax import console as consoles
 from fljax import data
@@ -51,7 +53,8 @@ TRAINING = "training"
 # Of a search: the accuracy, as it sees it, of the model that it began with.
 ACCURACY_BEFORE = "accuracy_before"
 # Of the trained model, where fine-tuning may end at what it had: on all of the
-# server's images, and on those that its own training leaves out.
+# server's images, or as clients report it; and on those of the server's that
+# its own training leaves out.
 _ACCURACY, _LEFT = "accuracy", "accuracy_left_out"
 # How much of a search is lost by `kill -9`.
 _SECONDS_BETWEEN_KEEPING = 60
@@ -425,8 +428,8 @@ class Driver:
     *before, _ = name.split("+")
     after = config.phases[len(before) + 1 :]
     return (
-      left if {*before} & {*configs.TRAINING_BASELINES} else everything,
-      taught if {*after} & {*configs.PHASES} else everything,
+      left if {*before} & {*configs.training_alone()} else everything,
+      taught if {*after} & {*pipeline.PHASES} else everything,
     )
 
   def _curves(self) -> pipeline.Curves:
@@ -453,7 +456,8 @@ class Driver:
     self, most: int
   ) -> Callable[[models.Params, int], float] | None:
     """What clients say of rounds of fine-tuning, if that is gone by."""
-    if self._deciding is not None or not self.config.chooses_round:
+    config = self.config
+    if config.server_decides or not config.chooses_round:
       return None
     return pipeline.reported_rounds(
       self.experiment.model,
@@ -466,22 +470,12 @@ class Driver:
     self, values: Array, *, kind: str, triggered: Array | None = None
   ) -> Array:
     """Clients' honest reports as the server receives them."""
-    attack = self.experiment.attack
-
-    @jax.jit
-    def report(
-      values: Array,
-      triggered: Array | None,
-      federation: federations.Federation,
-    ) -> Array:
-      clients = parallel.without_padding(federation)
-      received = attack.report(values, clients, kind=kind, triggered=triggered)
-      return parallel.everywhere(received, federation.mesh)
-
     clients = self.experiment.federation
     if isinstance(clients, populations.Population):
       clients = parallel.replicate(clients.clients, clients.mesh)
-    return report(values, triggered, clients)
+    return _received(
+      values, triggered, clients, attack=self.experiment.attack, kind=kind
+    )
 
   def _shown(self) -> dict[str, evaluate.Examples]:
     shown = {"test_accuracy": self.experiment.test}
@@ -627,9 +621,7 @@ class Driver:
   def _accuracies_before(self) -> dict[str, float]:
     """The trained model's, by all that fine-tuning may decide by."""
     params = self.state.params
-    reported = None
-    if not self.config.server_decides:
-      reported = self._reported_rounds(0)
+    reported = self._reported_rounds(0)
     if reported is not None:
       return {_ACCURACY: reported(params, 0)}
     everything = self.experiment.validation
@@ -720,8 +712,10 @@ class Driver:
       "augmentation": config.augment,
     }
     # `Config` demands attackers for the oracle, and validation images for all
-    # others.
-    if kind == "nc-oracle":
+    # others of fljax's own.
+    if kind in phases.DEFENCES:
+      mitigated = self._by_own_defence(kind, state, validation, tuning)
+    elif kind == "nc-oracle":
       assert experiment.backdoored is not None
       memory = _Memory(self, kind, state.params)
       with memory:
@@ -782,6 +776,55 @@ class Driver:
     after = parallel.replicate(after, experiment.mesh)
     return after, mitigated.facts, lambda: iter(())
 
+  def _by_own_defence(
+    self,
+    kind: str,
+    state: Any,
+    validation: evaluate.Examples | None,
+    tuning: dict[str, Any],
+  ) -> phases.Mitigated:
+    """What a defence of a user's own makes of a model, looked at.
+
+    What it tells is by itself, as names may be those of facts told here.
+    """
+    experiment = self.experiment
+    mitigated = phases.DEFENCES[kind].run(
+      phases.Subject(
+        model=experiment.model,
+        params=state.params,
+        neuron_mask=state.neuron_mask,
+        images=validation,
+        clients=experiment.federation,
+        config=self.config,
+        **{key: tuning[key] for key in ("key", "mesh", "on_progress")},
+      )
+    )
+    for name, was in (
+      ("params", state.params),
+      ("neuron_mask", state.neuron_mask),
+    ):
+      found = getattr(mitigated, name)
+      if jax.tree.map(_form, found) != jax.tree.map(_form, was):
+        raise errors.ConfigError(
+          f"--cleanse={kind}: its {name} are of another form than it was given."
+        )
+    try:
+      json.dumps(mitigated.facts)
+    except (TypeError, ValueError) as error:
+      raise errors.ConfigError(
+        f"--cleanse={kind}: its facts cannot be written as JSON: {error}."
+      ) from error
+    # Whatever it did, what is pruned stays so.
+    mask = state.neuron_mask & mitigated.neuron_mask
+    facts: dict[str, Any] = {}
+    if mitigated.facts:
+      facts["facts"] = mitigated.facts
+    pruned = int((state.neuron_mask & ~mask).sum())
+    if pruned:
+      facts |= {"pruned_neurons": pruned, "neurons": experiment.model.neurons}
+    params = models.mask_neurons(experiment.model, mitigated.params, mask)
+    return phases.Mitigated(params, mask, facts)
+
   def _progress(self, name: str) -> phases.OnProgress:
     """Shows how far a phase is, and ends it if someone asked for that."""
     shown: str | None = None
@@ -825,6 +868,21 @@ class Driver:
     seconds = time.perf_counter() - started + memory.before
     self._found = (state.params, suspects, seconds)
     return suspects, memory.before
+
+
+@functools.partial(jax.jit, static_argnames=("attack", "kind"))
+def _received(
+  values: Array,
+  triggered: Array | None,
+  federation: federations.Federation,
+  *,
+  attack: attacks.Attack,
+  kind: str,
+) -> Array:
+  """Honest reports as attackers send theirs, in all processes."""
+  clients = parallel.without_padding(federation)
+  sent = attack.report(values, clients, kind=kind, triggered=triggered)
+  return parallel.everywhere(sent, federation.mesh)
 
 
 class _Memory:
@@ -874,6 +932,11 @@ class _Memory:
       self._last, self._kept = None, time.perf_counter()
 
 
+def _form(leaf: Any) -> tuple[tuple[int, ...], str]:
+  """An array's shape and type."""
+  return np.shape(leaf), str(jnp.result_type(leaf))
+
+
 def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
   """What a block's metrics say, as metrics.jsonl has it."""
   measured = {name: float(value) for name, value in metrics.accuracies.items()}
@@ -893,22 +956,22 @@ def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
   """The phases of a run in order.
 
   Args:
-    phases: some of `config.PHASES` and `config.BASELINES`, in the order
+    phases: some of `pipeline.PHASES` and `config.alone()`, in the order
       wanted.
 
   Returns:
     For each: its name in results.json, its kind, and whether it is a side
     result that the next phase does not build on. The paper's full process,
-    fp, ft, aw, ends in "all" and also shows "fp+aw". Baselines alone are
-    compared: each is applied to the trained model.
+    fp, ft, aw, ends in "all" and also shows "fp+aw". Baselines and defences of
+    a user's own alone are compared: each is applied to the trained model.
   """
-  if all(phase in configs.BASELINES for phase in phases):
+  if all(phase in configs.alone() for phase in phases):
     return [(phase, phase, True) for phase in phases]
   steps = [
     ("+".join(phases[: index + 1]), kind, False)
     for index, kind in enumerate(phases)
   ]
-  if phases == configs.PHASES:
+  if phases == pipeline.PHASES:
     steps[-1] = ("all", "aw", False)
     steps.insert(1, ("fp+aw", "aw", True))
   return steps

@@ -155,7 +155,9 @@ def setup(
   pieces = triggers.pieces(config.trigger, image_shape)
   root = jax.random.key(config.seed)
 
-  attack = _attack(config)
+  plan = plan or execution.plan_for()
+  model = like.model if like else _model(config, dataset, plan)
+  attack = _attack(config, model)
   mesh = parallel.make_mesh(config.devices)
 
   def poison(clients: federations.Federation) -> federations.Federation:
@@ -171,20 +173,20 @@ def setup(
 
   def gathered(
     dealt: partitions.Partition,
-    poison: Callable[[federations.Federation], federations.Federation],
+    change: Callable[[federations.Federation], federations.Federation],
   ) -> tuple[Any, federations.Federation]:
     """All clients, where they are to be, and what there is to see of them."""
     if config.population == "host":
       population = populations.Population(
         *images,
         dealt,
-        poison=poison,
+        poison=change,
         mesh=mesh,
         chunk=config.clients_per_round,
         **who,
       )
       return population, population.clients
-    clients = poison(federations.create(*images, dealt, **who))
+    clients = change(federations.create(*images, dealt, **who))
     return parallel.place(clients, mesh), clients
 
   federation, clients = gathered(partition, poison)
@@ -193,11 +195,11 @@ def setup(
     validating, _ = gathered(kept_back, lambda clients: clients)
   poisons = np.any(clients.poisoned, axis=1).tolist()
   for client in range(config.num_attackers):
-    if not poisons[client]:
+    if "backdoor" in config.attack_names and not poisons[client]:
       raise errors.ConfigError(
         f"attacker {client} has no image of --victim_label="
         f"{config.victim_label} to backdoor, or too few samples for"
-        f" --poison_fraction={config.poison_fraction:g}."
+        f" --poison_fraction={config.poison_fraction:g}{_kept(config)}."
       )
   if config.attacker_latent:
     clean = np.asarray(clients.mask) & ~np.asarray(clients.poisoned)
@@ -207,15 +209,13 @@ def setup(
         raise errors.ConfigError(
           f"attacker {client} has no image of --target_label="
           f"{config.target_label}, whose features --attacker_latent takes: add"
-          " --attackers_hold_target."
+          f" --attackers_hold_target{_kept(config)}."
         )
 
-  plan = plan or execution.plan_for()
   # A batch that divides evenly is evaluated by all devices.
   devices = 1 if mesh is None else mesh.size
   evaluation_batch = -(-plan.evaluation_batch // devices) * devices
   if like is None:
-    model = _model(config, dataset, plan)
     test = parallel.place_examples(
       evaluate.batched(
         dataset.test_images, dataset.test_labels, batch_size=evaluation_batch
@@ -223,7 +223,7 @@ def setup(
       mesh,
     )
   else:
-    model, test = like.model, like.test
+    test = like.test
   if config.pruning == configs.GAIN and "fp" in config.phases:
     models.require_plain_target(model, f"--pruning={configs.GAIN}")
   block = (
@@ -262,7 +262,7 @@ def setup(
     model=model,
     federation=federation,
     client_validation=validating,
-    attack=attacks.chain(attack, *_attacks_on(model, config)),
+    attack=attack,
     aggregator=_aggregator(config),
     block=block,
     tuning_block=tuning_block,
@@ -333,7 +333,7 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
   """Rounds of training, or of fine-tuning, that end in an aggregator."""
   config, model, plan = kind.config, kind.model, kind.plan
   tuning = dict(kind.tuning)
-  attack = attacks.chain(_attack(config), *_attacks_on(model, config))
+  attack = _attack(config, model)
   if "stealth" in tuning:
     attack = attacks.chain(attack, attacks.within_benign(tuning["stealth"]))
   chunk = config.client_chunk
@@ -374,25 +374,22 @@ def _aggregator(
   )
 
 
-def _attack(config: Config) -> attacks.Attack:
-  """The attacks that need not know the network."""
+def _attack(config: Config, model: models.Model) -> attacks.Attack:
+  """All that attackers do."""
   return attacks.chain(
-    attacks.backdoor(
-      victim_label=config.victim_label,
-      target_label=config.target_label,
-      fraction=config.poison_fraction,
-    ),
+    *(attacks.ATTACKS[name](model, config) for name in config.attack_names),
     attacks.model_replacement(config.gamma),
     attacks.own_rate(
       (config.attacker_learning_rate or config.learning_rate)
       / config.learning_rate
     ),
     attacks.REPORTS[config.attacker_reports],
+    *_adaptive(model, config),
   )
 
 
-def _attacks_on(model: models.Model, config: Config) -> list[attacks.Attack]:
-  """The attacks that know the network."""
+def _adaptive(model: models.Model, config: Config) -> list[attacks.Attack]:
+  """The attacks that know the network and the defence."""
   adaptive = []
   if config.avoided_neurons:
     try:
@@ -460,6 +457,13 @@ def _check_labels(config: Config, dataset: data.Dataset) -> None:
       f"{dataset.name} has no test image of --victim_label="
       f"{config.victim_label}."
     )
+
+
+def _kept(config: Config) -> str:
+  """Why a client may train on none of a label that it was dealt."""
+  if not config.client_holdout:
+    return ""
+  return f"; of few, --client_holdout={config.client_holdout:g} may take all"
 
 
 def _from_elsewhere(
@@ -554,7 +558,7 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def load(
-  workdir: str, *, phase: str = "", data_dir: str = ""
+  workdir: str, *, phase: str = "", data_dir: str = "", extensions: str = ""
 ) -> tuple[Experiment, rounds.ServerState]:
   """What a run's folder describes, and a model that it holds.
 
@@ -564,14 +568,18 @@ def load(
       run ended with, or stands at. Side results ("fp+aw", baselines) have a
       name only.
     data_dir: as in the settings, of data sets that are not bundled.
+    extensions: as in the settings, of parts of your own that the run uses and
+      that are not registered yet.
 
   Returns:
     The experiment, as `setup` makes it, and the server's state with the
     model, `state.params`, and its mask, `state.neuron_mask`.
 
   Raises:
+    errors.ConfigError: an extension that it needs is missing.
     errors.WorkdirError: the folder holds no run, a run of other settings than
-      there are, or of other data, or no such phase.
+      there are, of other data, or of parts whose code has changed, or no such
+      phase.
     errors.CheckpointError: the checkpoint is damaged.
     errors.DataError: the data set cannot be had.
   """
@@ -583,7 +591,17 @@ def load(
       f"{folder} is of another version of fljax: it has the settings"
       f" {', '.join(unknown)}."
     )
-  config = Config(**settings, workdir=str(folder), data_dir=data_dir)
+  code = {
+    key: settings.pop(key, {})
+    for key in (configs.TRAINING_CODE, configs.CLEANSING_CODE)
+  }
+  config = Config(
+    **settings, workdir=str(folder), data_dir=data_dir, extensions=extensions
+  )
+  if config.code != code:
+    raise errors.WorkdirError(
+      f"{folder} is of other code: it is {code} there, {config.code} here."
+    )
   experiment = setup(config)
   for name, here in experiment.digests.items():
     if here != digests.get(name):

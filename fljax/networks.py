@@ -6,6 +6,7 @@ network must be to be pruned, and how a user's own joins, is in `models`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -204,6 +205,9 @@ NETWORKS = {
   "vgg11_bn_quarter": _vgg11(16)._replace(norm=True, hidden=()),
 }
 
+# What builds networks of a user's own, see `extensions.network`.
+BUILDERS: dict[str, Callable[..., models.Model]] = {}
+
 
 def build(
   name: str,
@@ -218,7 +222,8 @@ def build(
   """Builds a network by its name, for images of any size that fits.
 
   Args:
-    name: a key of `NETWORKS`.
+    name: a key of `NETWORKS`, or of `BUILDERS`, which know nothing of initial
+      weights and forms.
     image_shape: height, width, channels.
     num_classes: number of logits.
     mean: per channel, of images in [0, 1]: see `models.prepare`.
@@ -238,8 +243,12 @@ def build(
     Zhu, Yang, Mitra), Section V and Table VI; Very Deep Convolutional Networks
     (Simonyan, Zisserman), configuration A.
   """
-  errors.require_choice("model", name, NETWORKS)
+  errors.require_choice("model", name, (*NETWORKS, *BUILDERS))
   errors.require_choice("initialisation", initialisation, layers.INITIALISERS)
+  if name in BUILDERS:
+    return _built_by(
+      BUILDERS[name], tuple(image_shape), num_classes, tuple(mean), tuple(std)
+    )
   plan = NETWORKS[name]
   for side in image_shape[:2]:
     for item in (*plan.stem, plan.target, *(["pool"] if plan.pool else [])):
@@ -263,6 +272,19 @@ def build(
 
 # One object per network, so that experiments in one process share what is
 # compiled for it.
+@functools.lru_cache(maxsize=32)
+def _built_by(
+  builder: Callable[..., models.Model],
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> models.Model:
+  return builder(
+    image_shape=image_shape, num_classes=num_classes, mean=mean, std=std
+  )
+
+
 @functools.lru_cache(maxsize=32)
 def _built(
   plan: Architecture,

@@ -297,7 +297,7 @@ def keep_back(
     own = rng.permutation(indices[mask])
     own = own[np.argsort(labels[own], kind="stable")]
     count = min(round(share * len(own)), max(len(own) - 1, 0))
-    # One of every so many in a row, which labels lie along.
+    # Evenly spaced along the images sorted by label, from a random start.
     places = np.arange(count) + rng.random()
     chosen = np.zeros(len(own), bool)
     chosen[(places * len(own) / max(count, 1)).astype(int)] = True

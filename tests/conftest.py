@@ -64,7 +64,7 @@ NUM_CLASSES = 4
 VICTIM, TARGET = 3, 1
 TRIGGER = [(-1, -1), (-1, -2), (-2, -1), (-2, -2)]
 # A network for 8 x 8 images, and an experiment with it, so that whole runs take
-# seconds. It is no choice of --model until `networks.NETWORKS` has it.
+# seconds. It is a choice of --model where the fixture `tiny` is used.
 TINY = networks.Architecture((6, "pool"), 8, 3, 1, True, (16,))
 TINY_SETTINGS = {
   "model": "tiny",
@@ -86,6 +86,16 @@ TINY_SETTINGS = {
   "delta_step": 1.0,
   "figures": False,
 }
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  """Makes "tiny" and "tiny_bn", for 8 x 8 images, choices of --model."""
+  added = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, plan in added.items():
+      patch.setitem(networks.NETWORKS, name, plan)
+    yield
 
 
 class Stem(nn.Module):

@@ -86,8 +86,9 @@ def on_rounds():
       means = reports.client_activations(model, state.params, placed)
       order = pruning.pruning_order(pruning.rank_scores(means))
       curves = pruning.client_curves(model, state.params, order, placed)
-      assert means.shape[0] == curves.shape[0] == clients
-      results.append((state.params, metrics.loss, means, curves))
+      right = reports.client_accuracies(model, state.params, placed)
+      assert means.shape[0] == curves.shape[0] == len(right) == clients
+      results.append((state.params, metrics.loss, means, curves, right))
     name = f"{clients} clients, cohort {cohort}, chunk {chunk}"
     found[name] = difference(*results)
   return found

@@ -12,7 +12,6 @@ from absl import flags
 import chex
 from conftest import NUM_CLASSES
 from conftest import ROOT
-from conftest import TINY
 from conftest import TINY_SETTINGS
 from conftest import make_images
 from conftest import write_images
@@ -30,7 +29,6 @@ from fljax import errors
 from fljax import evaluate
 from fljax import experiment
 from fljax import models
-from fljax import networks
 from fljax import parallel
 from fljax import population as populations
 from fljax import workdir as workdirs
@@ -43,17 +41,7 @@ def own_data(tmp_path_factory):
   return write_images(tmp_path_factory.mktemp("data") / "rows.npz")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-  added = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True, hidden=())}
-  networks.NETWORKS.update(added)
-  field = configs.Config.__dataclass_fields__["model"]
-  choices = field.metadata["choices"]
-  field.metadata = {**field.metadata, "choices": (*choices, *added)}
-  yield
-  field.metadata = {**field.metadata, "choices": choices}
-  for name in added:
-    del networks.NETWORKS[name]
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture
@@ -821,6 +809,19 @@ def test_clients_decide_by_what_they_keep_back(config):
   deltas = [line["delta"] for line in lines if line["phase"] == "all"]
   kept = curves["all"][deltas.index(whole["delta"])]
   assert reported(state.params, 0) == pytest.approx(kept)
+
+
+def test_a_model_trained_on_all_images_is_not_taken_over(config, tmp_path):
+  config = _with(config, rounds=0, cleanse="")
+  experiment.run(config, quiet=True)
+  taking = _with(
+    config,
+    workdir=str(tmp_path / "taking"),
+    trained_in=config.workdir,
+    client_holdout=0.2,
+  )
+  with pytest.raises(errors.WorkdirError, match=r"client_holdout: 0\.0 there"):
+    experiment.run(taking, quiet=True)
 
 
 def test_a_holdout_that_holds_nothing_is_refused(config):

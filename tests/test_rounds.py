@@ -76,7 +76,7 @@ def test_the_mapped_round_equals_a_plain_loop_over_clients(
     attackers=2, gamma=1.7, start=1, attack_rounds=1
   )
   federation = federation.replace(mask=federation.mask.at[2, 6:].set(False))
-  aggregator = aggregators.AGGREGATORS["weighted" if weighted else "mean"]()
+  aggregator = aggregators.build("weighted" if weighted else "mean", trim=0.2)
   run = jax.jit(
     make_round(
       model,

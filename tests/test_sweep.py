@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 import signal
 
-from conftest import TINY
 from conftest import make_images
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from fljax import driver
 from fljax import errors
 from fljax import execution
 from fljax import experiment
-from fljax import networks
 from fljax import sweep
 from fljax import workdir as workdirs
 
@@ -26,18 +24,7 @@ SWEEP = "seed=0,1;pairs=3:1,2:1"
 NAMES = ["seed=0,3-1", "seed=0,2-1", "seed=1,3-1", "seed=1,2-1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-  """Networks for 8 x 8 images, so that whole runs take seconds."""
-  added = {"tiny": TINY, "tiny_bn": TINY._replace(norm=True)}
-  networks.NETWORKS.update(added)
-  field = configs.Config.__dataclass_fields__["model"]
-  before = field.metadata
-  field.metadata = {**before, "choices": (*before["choices"], *added)}
-  yield
-  field.metadata = before
-  for name in added:
-    del networks.NETWORKS[name]
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +236,19 @@ def test_all_at_once_agrees_with_single_runs_to_rounding(
     for ours, theirs in zip(*lines, strict=True):
       assert ours.keys() == theirs.keys()
       np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_clients_decide_in_a_sweep_as_in_single_runs(folder, single):
+  deciding = {
+    "cleanse": "fp,ft,aw",
+    "decide_by": "clients",
+    "client_holdout": 0.2,
+  }
+  config = _config(folder, "deciding", **deciding)
+  sweep.run(sweep.expand(config, SWEEP), quiet=True, over="map")
+  left = _left(folder / "deciding" / NAMES[3])
+  _assert_same(left, single(NAMES[3], **deciding))
+  assert '"client_holdout": 0.2' in left["config"]
 
 
 def test_what_is_one_until_attackers_begin_is_trained_once(

@@ -18,8 +18,10 @@ import numpy as np
 import optax
 
 from fljax import evaluate
+from fljax import federation as federations
 from fljax import models
 from fljax import parallel
+from fljax import population as populations
 from fljax.baselines import feature_shift
 from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
@@ -27,23 +29,73 @@ from fljax.baselines import server
 
 Array = jax.Array
 
+# By name: to compare with, the server uses its own images. The last one is no
+# defence: it sees test images and AA.
+BASELINES = ("nc-prune", "nc-unlearn", "fine-pruning", "fst", "nc-oracle")
+# Those of them that train on these images.
+TRAINING_BASELINES = ("nc-unlearn", "fine-pruning", "fst")
+
 # Is told what is under way, how far it is, and of how much; it may end it by
 # raising.
 OnProgress = Callable[[str, int, int], None]
 
 
+class Subject(NamedTuple):
+  """What a defence of a user's own is given: no test image, and no AA.
+
+  Attributes:
+    model: the network.
+    params: what is to be cleansed.
+    neuron_mask: bool [neurons], False for neurons pruned before.
+    images: the server's own that it may use; None if it has none.
+    clients: all of them. What is asked of them by `population.ask_clients` is
+      what they know; attackers' reports do not come out otherwise there.
+    key: random key.
+    config: the settings, `config.Config`.
+    mesh: devices that work may be spread over; None for one.
+    on_progress: to be told of steps, and raises where the run shall stop.
+  """
+
+  model: models.Model
+  params: models.Params
+  neuron_mask: Array
+  images: evaluate.Examples | None
+  clients: federations.Federation | populations.Population
+  key: Array
+  config: Any
+  mesh: parallel.Mesh | None
+  on_progress: OnProgress
+
+
 class Mitigated(NamedTuple):
-  """Outcome of a baseline.
+  """Outcome of a baseline, or of a defence of a user's own.
 
   Attributes:
     params: the mitigated model.
     neuron_mask: bool [neurons], False for pruned neurons.
-    facts: for results.json.
+    facts: for results.json; of a user's own defence those beside how many
+      neurons were pruned, which is told anyway.
   """
 
   params: models.Params
   neuron_mask: Array
   facts: dict[str, Any]
+
+
+class Defence(NamedTuple):
+  """A defence of a user's own.
+
+  Attributes:
+    run: what it does.
+    needs_images: whether it asks for images of the server's own.
+  """
+
+  run: Callable[[Subject], Mitigated]
+  needs_images: bool
+
+
+# Registered by `extensions.defence`.
+DEFENCES: dict[str, Defence] = {}
 
 
 def server_images(

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # Cleansing needs no attack, and rounds have one.
 
 Array = jax.Array
 
+# Federated pruning, fine-tuning and adjusting, by what `--cleanse` calls them.
+PHASES = ("fp", "ft", "aw")
 
 PruningAccuracies = Callable[[models.Params, Array], Iterable[float]]
 DeltaAccuracies = Callable[
@@ -151,7 +153,8 @@ def reported_rounds(
 
   Returns:
     (params, rounds done) -> accuracy, for one fine-tuning: it remembers what
-    was reported before.
+    was reported before. It raises errors.ConfigError if no client has
+    answered.
   """
   honest = np.full((federation.num_clients, rounds + 1), np.nan, np.float32)
 

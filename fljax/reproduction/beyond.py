@@ -297,11 +297,12 @@ def beyond_10(bases: Bases) -> Table:
     " paper's process, from the same trained model. Clients decide: they report"
     " accuracies on these images, by which pruning, adjusting and the choice of"
     " fine-tuning's round go, the server looking at no image; server decides:"
-    " by its own 5,000. Attacker lies: it reports accuracies that end pruning"
-    " and adjusting at once, and fine-tuning before its first round. AW+FT,"
-    " trimmed: adjusting to 5 points below, then fine-tuning by a trimmed mean,"
-    " clients deciding. Nothing kept: clients train on all of their images and"
-    " report accuracies on the same, and fine-tuning keeps its last round."
+    " by its own 5,000. Attacker lies: it reports total failure after each step"
+    " of pruning and adjusting, and each round of fine-tuning, to have them"
+    " stopped and undone. AW+FT, trimmed: adjusting to 5 points below, then"
+    " fine-tuning by a trimmed mean, clients deciding. Nothing kept: clients"
+    " train on all of their images and report accuracies on the same, and"
+    " fine-tuning keeps its last round."
     " Published numbers are those of the paper's process.",
     _DECIDED_COLUMNS,
     plan.rows_of_pairs(bases["mnist"], paper.TABLE_1, cells, _DECIDED_COLUMNS),
@@ -319,8 +320,9 @@ def beyond_10(bases: Bases) -> Table:
         within(_BY_KEPT[0], _BY_TRAINED[0], of_success=0),
       ),
       (
-        "An attacker that lies about accuracy changes little: at most a point"
-        " of accuracy less, and at most five points more of the backdoor.",
+        "An attacker that reports failure, to stop the process, changes little:"
+        " at most a point of accuracy less, and at most five points more of the"
+        " backdoor.",
         within(_LIED_TO[0], _BY_KEPT[0], of_success=5),
       ),
     ),

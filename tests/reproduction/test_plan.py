@@ -88,15 +88,17 @@ def test_nothing_but_its_subject_differs_from_the_flagfile():
           assert getattr(cell.config, name) == getattr(base, name)
 
 
-@pytest.mark.parametrize("make", catalogue.BEYOND.values())
-def test_other_ways_of_cleansing_begin_with_the_same_model(make):
+@pytest.mark.parametrize("number, make", catalogue.BEYOND.items())
+def test_other_ways_of_cleansing_begin_with_the_same_model(number, make):
   """What is compared is cleansing, and each trained model serves all of it.
 
-  But for what clients keep back to decide by, which is the question of a table.
+  But for what clients keep back to decide by, which is the tenth's question.
   """
   for row in make(BASES).rows:
     configs_of = [cell.config for cell in row.cells.values()]
-    models = [{**one.training(), "client_holdout": 0} for one in configs_of]
+    models = [one.training() for one in configs_of]
+    if number == 10:
+      models = [{**one, "client_holdout": 0} for one in models]
     assert all(one == models[0] for one in models)
     assert len(set(configs_of)) == len(configs_of)
 

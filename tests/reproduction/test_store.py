@@ -3,7 +3,6 @@ import json
 from pathlib import Path
 import shutil
 
-from conftest import TINY
 from conftest import TINY_SETTINGS
 from conftest import write_images
 import pytest
@@ -12,21 +11,11 @@ from fljax import config as configs
 from fljax import driver
 from fljax import errors
 from fljax import experiment
-from fljax import networks
 from fljax.reproduction import archive
 from fljax.reproduction import plan
 from fljax.reproduction import store as stores
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-  networks.NETWORKS["tiny"] = TINY
-  field = configs.Config.__dataclass_fields__["model"]
-  choices = field.metadata["choices"]
-  field.metadata = {**field.metadata, "choices": (*choices, "tiny")}
-  yield
-  field.metadata = {**field.metadata, "choices": choices}
-  del networks.NETWORKS["tiny"]
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture(scope="module")

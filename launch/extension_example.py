@@ -1,0 +1,149 @@
+"""Parts of one's own, one of each kind: an example to copy from.
+
+    E=launch/extension_example.py
+    python launch/main.py --flagfile=launch/mnist.flags --extensions=$E \
+      --model=plain --trigger=cross --attack=backdoor,unobtrusive \
+      --aggregation=krum --cleanse=clp
+
+What each function is given and returns is in `fljax.extensions`.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fljax import aggregators
+from fljax import attacks
+from fljax import extensions
+from fljax import models
+from fljax import triggers
+from fljax.baselines import phases
+
+# --- a network, in three parts: before, at and after the layer to prune ------
+
+
+class Stem(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.max_pool(nn.relu(nn.Conv(16, (3, 3))(x)), (2, 2), (2, 2))
+
+
+class Target(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Conv(32, (3, 3))(x))
+
+
+class Head(nn.Module):
+  classes: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.max_pool(x, (2, 2), (2, 2))
+    return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
+
+
+@extensions.network("plain")
+def plain(*, image_shape, num_classes, mean, std):
+  """Two convolutions and one fully connected layer."""
+  return models.from_flax(
+    stem=Stem(),
+    target=Target(),
+    head=Head(num_classes),
+    image_shape=image_shape,
+    num_classes=num_classes,
+    mean=mean,
+    std=std,
+  )
+
+
+# --- a trigger ---------------------------------------------------------------
+
+
+@extensions.trigger("cross")
+def cross(image_shape):
+  """Five pixels in the form of an x, in the lower right corner."""
+  pixels = [(-1, -1), (-1, -3), (-2, -2), (-3, -1), (-3, -3)]
+  return [triggers.from_pixels(pixels, image_shape)]
+
+
+# --- a rule of the server's --------------------------------------------------
+
+
+@extensions.aggregator("krum")
+def krum(trim):
+  """The one update that lies nearest to most others.
+
+  Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent
+  (Blanchard et al., NIPS 2017): the least sum of squared distances to its
+  n - f - 2 nearest, f of the n clients being malicious.
+  """
+
+  def update(updates, weights, state):
+    del weights
+    leaves = jax.tree.leaves(updates)
+    rows = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+    squared = jnp.square(rows).sum(axis=1)
+    inner = jnp.matmul(rows, rows.T, precision="highest")
+    distances = squared[:, None] + squared[None] - 2 * inner
+    near = max(len(rows) - aggregators.left_out(len(rows), trim) - 2, 1)
+    # The nearest of all is the update itself.
+    scores = jnp.sort(distances, axis=1)[:, 1 : near + 1].sum(axis=1)
+    chosen = jnp.argmin(scores)
+    return jax.tree.map(lambda leaf: leaf[chosen], updates), state
+
+  return aggregators.Aggregator(init=lambda params: (), update=update)
+
+
+# --- an attack ---------------------------------------------------------------
+
+
+@extensions.attack("unobtrusive")
+def unobtrusive(model, config):
+  """Attackers make their update no longer than the benign ones' median.
+
+  Before `--gamma` amplifies it.
+  """
+  del model, config
+
+  def updates(updates, cohort, active):
+    del cohort
+    squares = [
+      jnp.square(leaf).reshape(len(leaf), -1).sum(axis=1)
+      for leaf in jax.tree.leaves(updates)
+    ]
+    norms = jnp.sqrt(sum(squares))
+    most = jnp.nanmedian(jnp.where(active, jnp.nan, norms))
+    shrink = jnp.minimum(1, most / jnp.maximum(norms, 1e-12))
+    scale = jnp.where(active & jnp.isfinite(most), shrink, 1)
+    return jax.tree.map(
+      lambda leaf: leaf * scale.reshape((-1,) + (1,) * (leaf.ndim - 1)), updates
+    )
+
+  # An attacker sees the whole round's updates, not each by itself.
+  return attacks.Attack(updates=updates, rowwise=False)
+
+
+# --- a defence ---------------------------------------------------------------
+
+
+@extensions.defence("clp", needs_images=False)
+def clp(subject):
+  """Prunes the channels of the last convolution that can amplify most.
+
+  Data-free Backdoor Removal based on Channel Lipschitzness (Zheng et al., ECCV
+  2022), on that layer: those whose kernel, as a matrix, has a spectral norm of
+  more than the mean and three standard deviations.
+  """
+  kernel = models.target_kernel(subject.model, subject.params)
+  matrices = kernel.reshape(-1, *kernel.shape[-2:]).transpose(2, 1, 0)
+  norms = jnp.linalg.norm(matrices, ord=2, axis=(1, 2))
+  alive = subject.neuron_mask
+  mean, std = norms[alive].mean(), norms[alive].std()
+  stays = alive & (norms <= mean + 3 * std)
+  return phases.Mitigated(
+    params=models.mask_neurons(subject.model, subject.params, stays),
+    neuron_mask=stays,
+    # Beside how many are pruned, which is told of every defence.
+    facts={"largest": float((norms[alive].max() - mean) / std)},
+  )

@@ -1,0 +1,330 @@
+"""Parts of a user's own: what registers, what is refused, what a run notes."""
+
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+
+from conftest import ROOT
+from conftest import TINY_SETTINGS
+from conftest import write_images
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fljax import aggregators
+from fljax import attacks
+from fljax import config as configs
+from fljax import errors
+from fljax import experiment
+from fljax import extensions
+from fljax import networks
+from fljax import sweep
+from fljax import triggers
+from fljax.baselines import phases
+
+EXAMPLE = ROOT / "launch" / "extension_example.py"
+REGISTRIES = (
+  networks.BUILDERS,
+  triggers.TRIGGERS,
+  aggregators.AGGREGATORS,
+  attacks.ATTACKS,
+  phases.DEFENCES,
+)
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+@pytest.fixture(autouse=True)
+def another_process():
+  """What a test registers is forgotten with it."""
+  before = [{**registry} for registry in REGISTRIES]
+
+  def forget():
+    for registry, kept in zip(REGISTRIES, before, strict=True):
+      registry.clear()
+      registry.update(kept)
+    extensions._code.clear()
+    extensions._loaded.clear()
+
+  yield forget
+  forget()
+
+
+@pytest.fixture
+def settings(tmp_path):
+  return {
+    **TINY_SETTINGS,
+    "dataset": str(write_images(tmp_path / "rows.npz")),
+    "workdir": str(tmp_path / "run"),
+    "rounds": 2,
+    "fine_tune_rounds": 1,
+  }
+
+
+@pytest.fixture
+def example(tmp_path):
+  return Path(shutil.copy(EXAMPLE, tmp_path / "mine.py"))
+
+
+OWN = {
+  "model": "plain",
+  "trigger": "cross",
+  "attack": "backdoor,unobtrusive",
+  "aggregation": "krum",
+  "cleanse": "clp,ft",
+}
+
+
+def test_a_run_of_parts_of_ones_own(settings, example, another_process):
+  config = configs.Config(**{**settings, **OWN, "extensions": str(example)})
+  results = experiment.run(config, quiet=True)
+  assert [one["name"] for one in results["phases"]] == [
+    *("training", "clp", "clp+ft")
+  ]
+  assert results["phases"][1]["facts"]["largest"] > 0
+  built = experiment.setup(config)
+  assert built.model.neurons == 32
+  assert int(built.federation.trigger.mask[0].sum()) == 5
+  # Nothing of this is known to another process that does not load it.
+  another_process()
+  with pytest.raises(errors.ConfigError, match="--model=plain"):
+    experiment.load(config.workdir)
+  loaded, state = experiment.load(config.workdir, extensions=str(example))
+  assert loaded.model.neurons == 32
+  assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+
+
+def test_another_code_is_another_experiment(settings, example, another_process):
+  other = example.with_name("other.py")
+  code = example.read_text()
+  # A file each for what trains and for what cleanses.
+  head, defence = code.split("# --- a defence")
+  defence = code.split("# --- a network")[0] + "# --- a defence" + defence
+  example.write_text(head)
+  other.write_text(defence)
+  own = {**OWN, "extensions": f"{example}, {other}"}
+  config = configs.Config(**{**settings, **own})
+  experiment.run(config, quiet=True)
+  noted = json.loads((other.parent / "run" / "config.json").read_text())
+  assert len(set(noted[configs.TRAINING_CODE].values())) == 1
+  assert len(noted[configs.TRAINING_CODE]) == 4
+  assert [*noted[configs.CLEANSING_CODE]] == ["defence clp"]
+  taking = dataclasses.replace(
+    config, workdir=config.workdir + "-2", trained_in=config.workdir
+  )
+  # A defence may change between a training and what is made of it.
+  another_process()
+  other.write_text(defence + "\n")
+  taking = dataclasses.replace(taking)
+  phases_of = experiment.run(taking, quiet=True)["phases"]
+  assert phases_of[0]["taken_from"] == config.workdir
+  with pytest.raises(errors.WorkdirError, match="another config"):
+    experiment.run(dataclasses.replace(config), quiet=True)
+  with pytest.raises(errors.WorkdirError, match="of other code"):
+    experiment.load(config.workdir, extensions=own["extensions"])
+  # What trains may not.
+  another_process()
+  example.write_text(head + "\n")
+  taking = dataclasses.replace(taking, workdir=config.workdir + "-3")
+  with pytest.raises(errors.WorkdirError, match="trained otherwise"):
+    experiment.run(taking, quiet=True)
+
+
+def test_own_parts_can_be_swept(settings, example):
+  config = configs.Config(
+    **{**settings, "extensions": str(example), "cleanse": "clp"}
+  )
+  several = sweep.expand(config, "trigger=cross,pixel3;cleanse=clp,clp+ft")
+  assert [one.trigger for one in several.values()] == [
+    *("cross", "cross", "pixel3", "pixel3")
+  ]
+
+
+def test_an_attack_of_ones_own_may_take_the_backdoors_place(settings):
+  @extensions.attack("flip")
+  def flip(model, config):
+    del model
+
+    def data(federation, key):
+      del key
+      chosen = federation.attacker[:, None] & (
+        federation.labels == config.victim_label
+      )
+      return federation.replace(
+        labels=jnp.where(chosen, config.target_label, federation.labels)
+      )
+
+    return attacks.Attack(data=data)
+
+  built = experiment.setup(configs.Config(**settings, attack="flip"))
+  clients = built.federation
+  assert not clients.poisoned.any()
+  assert not (clients.labels[0] == settings["victim_label"]).any()
+  assert clients.scale.tolist() == [settings["gamma"], 1, 1, 1]
+
+
+def _defence(**changes):
+  def run(subject):
+    mitigated = {
+      "params": subject.params,
+      "neuron_mask": subject.neuron_mask,
+      "facts": {"name": "mine", "seconds": -1.0},
+    }
+    for key, change in changes.items():
+      mitigated[key] = change(mitigated[key])
+    return phases.Mitigated(**mitigated)
+
+  return run
+
+
+def test_a_defence_is_given_what_a_server_has(settings):
+  seen = []
+
+  @extensions.defence("looks")
+  def looks(subject):
+    seen.append(subject)
+    mask = subject.neuron_mask.at[2].set(False)
+    return _defence()(subject._replace(neuron_mask=mask))
+
+  config = configs.Config(**settings, cleanse="looks,ft", server_holdout=0.25)
+  results = experiment.run(config, quiet=True)
+  first = results["phases"][1]
+  assert (first["name"], first["pruned_neurons"]) == ("looks", 1)
+  # What it tells is no fact of fljax's.
+  assert first["seconds"] > 0 and first["facts"]["seconds"] == -1
+  (subject,) = seen
+  size = settings["validation_size"]
+  assert int(subject.images.mask.sum()) == size - round(0.25 * size)
+  assert subject.clients.num_clients == settings["num_clients"]
+  _, state = experiment.load(config.workdir)
+  assert state.neuron_mask.tolist() == [True, True, False, *5 * [True]]
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"neuron_mask": lambda mask: mask[:3]}, "its neuron_mask are of another"),
+    (
+      {"neuron_mask": lambda mask: mask.astype("float32")},
+      "its neuron_mask are of another",
+    ),
+    (
+      {"params": lambda params: jax.tree.map(lambda x: x[None], params)},
+      "its params are of another form",
+    ),
+    ({"params": lambda params: {**params, "more": 1.0}}, "its params are of"),
+    ({"facts": lambda facts: {"x": jnp.ones(())}}, "cannot be written as JSON"),
+    (
+      {"params": lambda params: jax.tree.map(lambda x: x * jnp.nan, params)},
+      "wrong became not finite",
+    ),
+  ],
+)
+def test_what_a_defence_may_not_return(settings, changes, message):
+  extensions.defence("wrong", needs_images=False)(_defence(**changes))
+  config = configs.Config(
+    **{**settings, "rounds": 0, "cleanse": "wrong", "validation_size": 0}
+  )
+  with pytest.raises(errors.FljaxError, match=message):
+    experiment.run(config, quiet=True)
+
+
+@pytest.mark.parametrize(
+  "register, name",
+  [
+    (extensions.network, "vgg11"),
+    (extensions.trigger, "dba"),
+    (extensions.aggregator, "mean"),
+    (extensions.attack, "backdoor"),
+    (extensions.defence, "fst"),
+    (extensions.defence, "aw"),
+  ],
+)
+def test_taken_names_and_no_names_are_refused(register, name):
+  with pytest.raises(errors.ConfigError, match=f"'{name}' already"):
+    register(name)(lambda *_: None)
+  for wrong in ("", "a,b", "a+b", "a/b", "a b"):
+    with pytest.raises(errors.ConfigError, match="is no name"):
+      register(wrong)(lambda *_: None)
+  register("mine")(lambda *_: None)
+  with pytest.raises(errors.ConfigError, match="'mine' already"):
+    register("mine")(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+  "code, message",
+  [
+    ("x = 1\ny = x / 0\n", "in line 2: ZeroDivisionError"),
+    ("def f(:\n", "in line 1: SyntaxError"),
+    ("import nothing_of_that_name\n", "in line 1: ModuleNotFoundError"),
+    (
+      "from fljax import extensions\n"
+      "extensions.trigger('mine')(lambda shape: [])\n"
+      "extensions.trigger('dba')(lambda shape: [])\n",
+      "in line 3: ConfigError: there is a trigger 'dba' already",
+    ),
+  ],
+)
+def test_a_file_that_fails_registers_nothing(tmp_path, code, message):
+  path = tmp_path / "fails.py"
+  path.write_text(code)
+  for _ in range(2):
+    with pytest.raises(errors.ConfigError, match=message):
+      configs.Config(extensions=str(path))
+  assert not extensions._code and "mine" not in triggers.TRIGGERS
+
+
+def test_files_that_cannot_be_loaded_are_refused(tmp_path, example):
+  for text in (tmp_path / "none.py", tmp_path, "~no-such-user/x.py"):
+    with pytest.raises(errors.ConfigError, match="cannot be read"):
+      configs.Config(extensions=str(text))
+  text = shutil.copy(example, tmp_path / "text.txt")
+  with pytest.raises(errors.ConfigError, match="is no Python file"):
+    configs.Config(extensions=str(text))
+  for _ in range(2):
+    configs.Config(extensions=str(example))
+  example.write_text(example.read_text() + "\n")
+  with pytest.raises(errors.ConfigError, match="has changed since"):
+    configs.Config(extensions=str(example))
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"attack": ""}, "must name what attackers do"),
+    ({"attack": "nothing"}, "unknown --attack 'nothing'"),
+    ({"attack": "backdoor,backdoor"}, "has backdoor twice"),
+    ({"model": "plain", "conv": "lax"}, "--conv=lax is for fljax's own"),
+    ({"model": "plain", "initialisation": "he"}, "--initialisation=he is"),
+    ({"cleanse": "clp,clp"}, "only ft and aw may come again"),
+    ({"extensions": 3}, "must be of type str"),
+  ],
+)
+def test_settings_of_own_parts_are_looked_at(example, changes, message):
+  configs.Config(extensions=str(example), cleanse="clp", validation_size=0)
+  with pytest.raises(errors.ConfigError, match=message):
+    configs.Config(**changes)
+
+
+def test_what_is_typed_in_has_no_file():
+  names = {"extensions": extensions, "__name__": "typed"}
+  exec("@extensions.trigger('typed')\ndef typed(shape):\n  return []", names)
+  code = configs.Config(trigger="typed").identity()[configs.TRAINING_CODE]
+  assert code == {"trigger typed": None}
+  assert configs.Config().identity()[configs.TRAINING_CODE] == {}
+
+
+def test_krum_follows_the_many():
+  spec = configs.Config(extensions=str(EXAMPLE))
+  rule = aggregators.build("krum", trim=0.2)
+  rng = np.random.default_rng(0)
+  rows = rng.normal(size=(10, 6)).astype(np.float32)
+  rows[:2] += 50
+  chosen, _ = rule.update({"w": jnp.asarray(rows)}, jnp.ones(10), ())
+  # By brute force: the least sum over its 10 - 2 - 2 nearest.
+  away = np.sort(((rows[:, None] - rows[None]) ** 2).sum(axis=-1), axis=1)
+  expected = rows[np.argmin(away[:, 1:7].sum(axis=1))]
+  np.testing.assert_allclose(chosen["w"], expected, rtol=1e-6)
+  assert spec.aggregation == "mean"
