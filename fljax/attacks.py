@@ -28,6 +28,10 @@ Federation = federations.Federation
 Params = models.Params
 
 
+# What clients report on.
+KINDS = ("activations", "accuracies")
+
+
 class DataHook(Protocol):
   """Changes the attackers' training data, once, before training."""
 
@@ -114,7 +118,7 @@ class ReportHook(Protocol):
         come: of those the newest counts.
       federation: all clients; on a mesh, rows of padding may follow them
         (`Federation.padding`), for which there is no report.
-      kind: "activations" or "accuracies".
+      kind: one of `KINDS`.
       triggered: [clients, neurons], with activations, for an attack that
         `wants_triggered`: the means over a client's backdoored images alone.
 

@@ -500,7 +500,10 @@ class Driver:
       pruned = pipeline.prune(
         model,
         state.params,
-        self._reported_activations(state),
+        self._asked(
+          functools.partial(reports.client_activations, model, state.params),
+          "activations",
+        ),
         accuracies,
         neuron_mask=state.neuron_mask,
         method=config.pruning,
@@ -537,20 +540,23 @@ class Driver:
       facts["largest_anomaly"] = pruned.anomaly
     return after, facts, curve
 
-  def _reported_activations(self, state: Any) -> Any:
-    """What clients say of their neurons, as it reaches the server."""
+  def _asked(
+    self, question: Callable[[federations.Federation], Array], kind: str
+  ) -> Array:
+    """What clients answer, as it reaches the server."""
     experiment = self.experiment
-    activations = functools.partial(
-      reports.client_activations, experiment.model, state.params
-    )
-    means = populations.ask_clients(activations, experiment.federation)
+    errors.require_choice("kind of report", kind, attacks.KINDS)
+    if kind != "activations":
+      answers = populations.ask_clients(question, self._reporting())
+      return self._reported(answers, kind=kind)
+    answers = populations.ask_clients(question, experiment.federation)
     triggered = None
     if experiment.attack.wants_triggered:
       triggered = populations.ask_clients(
-        lambda clients: activations(federations.poisoned_only(clients)),
+        lambda clients: question(federations.poisoned_only(clients)),
         experiment.federation,
       )
-    return self._reported(means, kind="activations", triggered=triggered)
+    return self._reported(answers, kind=kind, triggered=triggered)
 
   def _fine_tune(
     self, name: str, state: Any
@@ -794,7 +800,7 @@ class Driver:
         params=state.params,
         neuron_mask=state.neuron_mask,
         images=validation,
-        clients=experiment.federation,
+        ask=self._asked,
         config=self.config,
         **{key: tuning[key] for key in ("key", "mesh", "on_progress")},
       )

@@ -1,6 +1,7 @@
 """Parts of a user's own: what registers, what is refused, what a run notes."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import shutil
@@ -23,6 +24,7 @@ from fljax import networks
 from fljax import sweep
 from fljax import triggers
 from fljax.baselines import phases
+from fljax.cleanse import reports
 
 EXAMPLE = ROOT / "launch" / "extension_example.py"
 REGISTRIES = (
@@ -184,20 +186,34 @@ def test_a_defence_is_given_what_a_server_has(settings):
 
   @extensions.defence("looks")
   def looks(subject):
-    seen.append(subject)
+    question = functools.partial(
+      reports.client_activations, subject.model, subject.params
+    )
+    seen.append((subject, subject.ask(question, "activations")))
+    with pytest.raises(errors.ConfigError, match="kind of report 'rumours'"):
+      subject.ask(question, "rumours")
     mask = subject.neuron_mask.at[2].set(False)
     return _defence()(subject._replace(neuron_mask=mask))
 
-  config = configs.Config(**settings, cleanse="looks,ft", server_holdout=0.25)
+  config = configs.Config(
+    **settings,
+    cleanse="looks,ft",
+    server_holdout=0.25,
+    attacker_reports="promote",
+  )
   results = experiment.run(config, quiet=True)
   first = results["phases"][1]
   assert (first["name"], first["pruned_neurons"]) == ("looks", 1)
   # What it tells is no fact of fljax's.
   assert first["seconds"] > 0 and first["facts"]["seconds"] == -1
-  (subject,) = seen
+  ((subject, means),) = seen
   size = settings["validation_size"]
   assert int(subject.images.mask.sum()) == size - round(0.25 * size)
-  assert subject.clients.num_clients == settings["num_clients"]
+  # The attacker lies there, too.
+  clients = experiment.setup(config).federation
+  honest = reports.client_activations(subject.model, subject.params, clients)
+  np.testing.assert_array_equal(means[1:], honest[1:])
+  assert (np.asarray(means[0]) != honest[0]).any()
   _, state = experiment.load(config.workdir)
   assert state.neuron_mask.tolist() == [True, True, False, *5 * [True]]
 

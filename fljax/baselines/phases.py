@@ -21,7 +21,6 @@ from fljax import evaluate
 from fljax import federation as federations
 from fljax import models
 from fljax import parallel
-from fljax import population as populations
 from fljax.baselines import feature_shift
 from fljax.baselines import fine_pruning
 from fljax.baselines import neural_cleanse
@@ -48,8 +47,12 @@ class Subject(NamedTuple):
     params: what is to be cleansed.
     neuron_mask: bool [neurons], False for neurons pruned before.
     images: the server's own that it may use; None if it has none.
-    clients: all of them. What is asked of them by `population.ask_clients` is
-      what they know; attackers' reports do not come out otherwise there.
+    ask: (question, kind) -> what all clients report, [clients, ...], attackers
+      as `--attacker_reports` says. A question is a function of a
+      `federation.Federation` that answers for each of its clients by itself, as
+      `reports.client_activations` with a model and parameters does. Its kind
+      is "activations", [clients, neurons] over what clients train on, or
+      "accuracies", [clients, steps] over what they report these on.
     key: random key.
     config: the settings, `config.Config`.
     mesh: devices that work may be spread over; None for one.
@@ -60,7 +63,7 @@ class Subject(NamedTuple):
   params: models.Params
   neuron_mask: Array
   images: evaluate.Examples | None
-  clients: federations.Federation | populations.Population
+  ask: Callable[[Callable[[federations.Federation], Array], str], Array]
   key: Array
   config: Any
   mesh: parallel.Mesh | None
