@@ -21,6 +21,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import MutableMapping
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -34,6 +35,7 @@ from typing import TypeVar
 from fljax import aggregators
 from fljax import attacks
 from fljax import errors
+from fljax import models
 from fljax import networks
 from fljax import triggers
 from fljax.baselines import phases
@@ -51,6 +53,18 @@ _REGISTRIES: dict[str, MutableMapping[str, Any]] = {
 _BUILT_IN: dict[str, Collection[str]] = {
   "network": networks.NETWORKS,
   "defence": (*pipeline.PHASES, *phases.BASELINES),
+}
+# What a part must return.
+_MADE: dict[str, Callable[[Any], bool]] = {
+  "network": lambda made: isinstance(made, models.Model),
+  "trigger": lambda made: (
+    isinstance(made, list)
+    and len(made) > 0
+    and all(isinstance(piece, triggers.Trigger) for piece in made)
+  ),
+  "aggregator": lambda made: isinstance(made, aggregators.Aggregator),
+  "attack": lambda made: isinstance(made, attacks.Attack),
+  "defence": lambda made: isinstance(made, phases.Mitigated),
 }
 # By kind and name: what registered it, where that can be read.
 _code: dict[tuple[str, str], str | None] = {}
@@ -142,18 +156,28 @@ def defence(name: str, *, needs_images: bool = True) -> Callable[[Part], Part]:
   Raises:
     errors.ConfigError: the name is taken, or no name.
   """
+  return _registering(
+    "defence", name, lambda run: phases.Defence(run, needs_images)
+  )
 
+
+def _registering(
+  kind: str,
+  name: str,
+  as_value: Callable[[Callable[..., Any]], Any] = lambda function: function,
+) -> Callable[[Part], Part]:
   def register(function: Part) -> Part:
-    found = phases.Defence(function, needs_images)
-    _register("defence", name, found, function)
-    return function
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+      made = function(*arguments, **options)
+      if not _MADE[kind](made):
+        raise errors.ConfigError(
+          f"the {kind} {name!r} returns a {type(made).__name__}: see"
+          f" fljax.extensions.{kind}."
+        )
+      return made
 
-  return register
-
-
-def _registering(kind: str, name: str) -> Callable[[Part], Part]:
-  def register(function: Part) -> Part:
-    _register(kind, name, function, function)
+    _register(kind, name, as_value(checked), function)
     return function
 
   return register

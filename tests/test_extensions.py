@@ -248,6 +248,25 @@ def test_what_a_defence_may_not_return(settings, changes, message):
 
 
 @pytest.mark.parametrize(
+  "kind, named",
+  [
+    ("network", {"model": "x"}),
+    ("trigger", {"trigger": "x"}),
+    ("aggregator", {"aggregation": "x"}),
+    ("aggregator", {"fine_tune_aggregation": "x"}),
+    ("attack", {"attack": "x"}),
+    ("defence", {"cleanse": "x", "rounds": 0}),
+  ],
+)
+@pytest.mark.parametrize("made", [None, []])
+def test_what_is_none_of_its_kind_is_refused(settings, kind, named, made):
+  getattr(extensions, kind)("x")(lambda *_, **__: made)
+  config = configs.Config(**{**settings, **named})
+  with pytest.raises(errors.ConfigError, match=f"the {kind} 'x' returns a"):
+    experiment.run(config, quiet=True)
+
+
+@pytest.mark.parametrize(
   "register, name",
   [
     (extensions.network, "vgg11"),
