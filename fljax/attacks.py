@@ -36,7 +36,17 @@ class DataHook(Protocol):
   """Changes the attackers' training data, once, before training."""
 
   def __call__(self, federation: Federation, key: Array) -> Federation:
-    """Args: the federation and a random key. Returns: the poisoned one."""
+    """Changes the rows of `federation.attacker`.
+
+    Args:
+      federation: all clients, see `federation.Federation` for its arrays.
+      key: random key.
+
+    Returns:
+      The changed federation. Samples that it marks as poisoned are stamped,
+      and count only while their client attacks (`attack_start`); whatever else
+      it changes holds in all rounds.
+    """
 
 
 class LossHook(Protocol):
@@ -50,6 +60,7 @@ class LossHook(Protocol):
     poisoned: Array,
     mask: Array,
     key: Array,
+    start: Params,
     /,
   ) -> Array:
     """Of one batch, what is added to its mean cross-entropy.
@@ -66,17 +77,34 @@ class LossHook(Protocol):
       poisoned: bool [batch], which samples are backdoored.
       mask: bool [batch], which samples count.
       key: random key of this step.
+      start: the global model that the round began with, float32.
 
     Returns:
       A float32 scalar, finite with its gradient.
     """
 
 
-class LocalHook(Protocol):
-  """Changes an attacker's model after each of its local steps, or before."""
+class StartHook(Protocol):
+  """Changes the model that an attacker's local training begins with."""
 
   def __call__(self, params: Params) -> Params:
-    """Args: the local model. Returns: the one that training goes on from."""
+    """Args: the global model. Returns: the one that training begins with."""
+
+
+class LocalHook(Protocol):
+  """Changes an attacker's model after each of its local steps."""
+
+  def __call__(self, params: Params, start: Params, /) -> Params:
+    """Changes the model.
+
+    Args:
+      params: the local model; running statistics of batch normalisation are
+        leaves of it, too.
+      start: the global model that the round began with.
+
+    Returns:
+      The one that training goes on from.
+    """
 
 
 class UpdateHook(Protocol):
@@ -160,8 +188,8 @@ class Attack(NamedTuple):
     data: see `DataHook`.
     updates: see `UpdateHook`.
     report: see `ReportHook`.
-    local: see `LocalHook`, after each local step; None changes nothing.
-    start: likewise, on the global model before the first step.
+    local: see `LocalHook`; None changes nothing.
+    start: see `StartHook`; None changes nothing.
     loss: see `LossHook`; None adds nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each
@@ -174,7 +202,7 @@ class Attack(NamedTuple):
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
   local: LocalHook | None = None
-  start: LocalHook | None = None
+  start: StartHook | None = None
   loss: LossHook | None = None
   rowwise: bool = True
   wants_triggered: bool = False
@@ -194,13 +222,15 @@ def _attackers(federation: Federation) -> Array:
   return federation.attacker[: federation.num_clients]
 
 
-def _one_after_another(hooks: list[LocalHook | None]) -> LocalHook | None:
-  """The hooks that there are as one."""
+def _one_after_another(
+  hooks: list[Callable[..., Params] | None],
+) -> Callable[..., Params] | None:
+  """The hooks that there are as one; what follows the model is for all."""
   present = [hook for hook in hooks if hook is not None]
 
-  def together(params: Params) -> Params:
+  def together(params: Params, *beside: Params) -> Params:
     for hook in present:
-      params = hook(params)
+      params = hook(params, *beside)
     return params
 
   return together if present else None
@@ -232,10 +262,18 @@ def chain(*attacks: Attack) -> Attack:
 
   terms = [attack.loss for attack in attacks if attack.loss is not None]
 
-  def loss(params: Params, *batch_and_key: Array) -> Array:
-    *batch, key = batch_and_key
+  def loss(
+    params: Params,
+    activations: Array,
+    labels: Array,
+    poisoned: Array,
+    mask: Array,
+    key: Array,
+    start: Params,
+  ) -> Array:
+    batch = (activations, labels, poisoned, mask)
     added = [
-      term(params, *(*batch, jax.random.fold_in(key, index)))
+      term(params, *batch, jax.random.fold_in(key, index), start)
       for index, term in enumerate(terms)
     ]
     return jnp.stack(added).sum()
@@ -485,13 +523,14 @@ def pruning_aware(model: models.Model, pruned: tuple[int, ...]) -> Attack:
     raise ValueError("no neuron would be left")
   mask = jnp.ones(model.neurons, bool).at[jnp.asarray(pruned, int)].set(False)
 
-  def local(params: Params) -> Params:
+  def held(params: Params, start: Params | None = None) -> Params:
+    del start
     return models.mask_neurons(model, params, mask)
 
   def updates(updates: Params, cohort: Federation, active: Array) -> Params:
     del cohort
     # On the updates it is "no change" that is zero.
-    kept = jax.vmap(local)(updates)
+    kept = jax.vmap(held)(updates)
     return jax.tree.map(
       lambda new, old: jnp.where(
         active.reshape((-1,) + (1,) * (old.ndim - 1)), new, old
@@ -500,7 +539,7 @@ def pruning_aware(model: models.Model, pruned: tuple[int, ...]) -> Attack:
       updates,
     )
 
-  return Attack(updates=updates, local=local, start=local)
+  return Attack(updates=updates, local=held, start=held)
 
 
 def self_limited(model: models.Model, delta: float) -> Attack:
@@ -522,7 +561,8 @@ def self_limited(model: models.Model, delta: float) -> Attack:
     Zhu, Yang, Mitra), Section VI-B, on adjusting extreme values.
   """
 
-  def local(params: Params) -> Params:
+  def local(params: Params, start: Params) -> Params:
+    del start
     kernel = models.target_kernel(model, params)
     alive = weights.living(kernel)
     mean, std = weights.statistics(kernel, alive, "surviving")
@@ -553,7 +593,8 @@ def gain_limited(model: models.Model, times: float) -> Attack:
   """
   models.require_plain_target(model, "limiting gains")
 
-  def local(params: Params) -> Params:
+  def local(params: Params, start: Params) -> Params:
+    del start
     kernel = models.target_kernel(model, params)
     sums = jnp.maximum(kernel, 0).sum(axis=-2, keepdims=True)
     gains = jnp.where(weights.living(kernel), weights.gains(kernel), jnp.nan)
@@ -617,7 +658,9 @@ def latent_backdoor(
     poisoned: Array,
     mask: Array,
     key: Array,
+    start: Params,
   ) -> Array:
+    del start
     places = place(params, activations, key).astype(jnp.float32)
     clean = mask & ~poisoned
     backdoored = mask & poisoned

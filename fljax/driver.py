@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import importlib.metadata
-import json
 from pathlib import Path
 import platform
 import signal
@@ -30,6 +29,7 @@ from fljax import console as consoles
 from fljax import data
 from fljax import errors
 from fljax import evaluate
+from fljax import extensions
 from fljax import federation as federations
 from fljax import models
 from fljax import parallel
@@ -547,9 +547,9 @@ class Driver:
     experiment = self.experiment
     errors.require_choice("kind of report", kind, attacks.KINDS)
     if kind != "activations":
-      answers = populations.ask_clients(question, self._reporting())
+      answers = self._answers(question, self._reporting())
       return self._reported(answers, kind=kind)
-    answers = populations.ask_clients(question, experiment.federation)
+    answers = self._answers(question, experiment.federation)
     triggered = None
     if experiment.attack.wants_triggered:
       triggered = populations.ask_clients(
@@ -557,6 +557,19 @@ class Driver:
         experiment.federation,
       )
     return self._reported(answers, kind=kind, triggered=triggered)
+
+  def _answers(
+    self,
+    question: Callable[[federations.Federation], Array],
+    clients: federations.Federation | populations.Population,
+  ) -> Array:
+    answers = populations.ask_clients(question, clients)
+    if np.shape(answers)[:1] != (clients.num_clients,):
+      raise errors.ConfigError(
+        f"a question to {clients.num_clients} clients has answers of shape"
+        f" {np.shape(answers)}: they must be [clients, ...]."
+      )
+    return answers
 
   def _fine_tune(
     self, name: str, state: Any
@@ -590,6 +603,10 @@ class Driver:
     examples.pop("validation", None)
     if self._deciding is not None:
       examples["validation"] = self._deciding
+    of_training = state.aggregator
+    if "aggregation" in config.tuning:
+      # Another rule begins anew; the same one goes on from training.
+      state = state.replace(aggregator=experiment.init_tuning(state.params))
     tuned = pipeline.fine_tune(
       experiment.tuning_block,
       state,
@@ -611,7 +628,10 @@ class Driver:
         f" the phase before, is in {self.workdir.path / workdirs.CHECKPOINTS}."
       )
     facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}
-    return tuned.state, facts, lambda: iter(lines)
+    after = tuned.state
+    if "aggregation" in config.tuning:
+      after = after.replace(aggregator=of_training)
+    return after, facts, lambda: iter(lines)
 
   def _enough(self) -> float | None:
     """With what accuracy fine-tuning is done, if that was asked for."""
@@ -772,9 +792,8 @@ class Driver:
       np.isfinite(leaf).all() for leaf in jax.tree.leaves(mitigated.params)
     ):
       raise errors.DivergedError(
-        f"{kind} became not finite: lower --server_learning_rate, or limit"
-        " gradients by --gradient_clip=1. The last good checkpoint is in"
-        f" {self.workdir.path / workdirs.CHECKPOINTS}."
+        f"{kind} became not finite{_mending(kind)}. The last good checkpoint"
+        f" is in {self.workdir.path / workdirs.CHECKPOINTS}."
       )
     after = state.replace(
       params=mitigated.params, neuron_mask=mitigated.neuron_mask
@@ -809,22 +828,18 @@ class Driver:
       ("params", state.params),
       ("neuron_mask", state.neuron_mask),
     ):
-      found = getattr(mitigated, name)
-      if jax.tree.map(_form, found) != jax.tree.map(_form, was):
-        raise errors.ConfigError(
-          f"--cleanse={kind}: its {name} are of another form than it was given."
-        )
-    try:
-      json.dumps(mitigated.facts)
-    except (TypeError, ValueError) as error:
-      raise errors.ConfigError(
-        f"--cleanse={kind}: its facts cannot be written as JSON: {error}."
-      ) from error
+      extensions.require_form(
+        f"--cleanse={kind}: its {name}", getattr(mitigated, name), was
+      )
+    told = {
+      name: _plain(value, f"--cleanse={kind}: its fact {name!r}")
+      for name, value in mitigated.facts.items()
+    }
     # Whatever it did, what is pruned stays so.
     mask = state.neuron_mask & mitigated.neuron_mask
     facts: dict[str, Any] = {}
-    if mitigated.facts:
-      facts["facts"] = mitigated.facts
+    if told:
+      facts["facts"] = told
     pruned = int((state.neuron_mask & ~mask).sum())
     if pruned:
       facts |= {"pruned_neurons": pruned, "neurons": experiment.model.neurons}
@@ -938,9 +953,31 @@ class _Memory:
       self._last, self._kept = None, time.perf_counter()
 
 
-def _form(leaf: Any) -> tuple[tuple[int, ...], str]:
-  """An array's shape and type."""
-  return np.shape(leaf), str(jnp.result_type(leaf))
+def _mending(kind: str) -> str:
+  """What to do about a phase that is not finite, where that is known."""
+  if kind in phases.DEFENCES:
+    return ""
+  return (
+    ": lower --server_learning_rate, or limit gradients by --gradient_clip=1"
+  )
+
+
+def _plain(value: Any, what: str) -> Any:
+  """A fact as JSON has it; of what is not finite it knows nothing: None."""
+  if isinstance(value, jax.Array | np.ndarray | np.generic):
+    value = np.asarray(value).tolist()
+  if isinstance(value, dict):
+    return {str(key): _plain(each, what) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(each, what) for each in value]
+  if isinstance(value, float):
+    return value if np.isfinite(value) else None
+  if value is None or isinstance(value, str | int):
+    return value
+  raise errors.ConfigError(
+    f"{what} cannot be written: it holds a {type(value).__name__}, no number,"
+    " text, array, list or dictionary."
+  )
 
 
 def _line(metrics: rounds.RoundMetrics) -> dict[str, Any]:
@@ -1029,7 +1066,7 @@ def trigger_images(
   whole = triggers.union(pieces)
   victims = dataset.test_images[dataset.test_labels == config.victim_label]
   victims = victims if len(victims) else dataset.test_images
-  covered = victims[:, np.asarray(whole.mask)[..., 0]]
+  covered = victims[:, np.asarray(whole.mask)[..., 0] > 0]
   brightness = covered.reshape(len(victims), -1).mean(axis=1)
   image = victims[int(np.argmin(brightness))]
   stamped = [("original", image)]

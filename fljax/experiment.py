@@ -29,6 +29,7 @@ from fljax import driver as driving
 from fljax import errors
 from fljax import evaluate
 from fljax import execution
+from fljax import extensions as extensions_lib
 from fljax import federation as federations
 from fljax import layers
 from fljax import local
@@ -102,6 +103,11 @@ class Experiment(NamedTuple):
     state = rounds.init_state(self.model, self.aggregator, key)
     return parallel.replicate(state, self.mesh)
 
+  def init_tuning(self, params: models.Params) -> Any:
+    """The state of fine-tuning's own rule before its first round."""
+    rule = _aggregator(self.config, self.config.fine_tune_aggregation)
+    return parallel.replicate(rule.init(params), self.mesh)
+
 
 def setup(
   config: Config,
@@ -157,6 +163,12 @@ def setup(
 
   plan = plan or execution.plan_for()
   model = like.model if like else _model(config, dataset, plan)
+  for rule in {config.aggregation, config.fine_tune_aggregation}:
+    extensions_lib.require_rule(
+      rule,
+      jax.eval_shape(model.init, root),
+      config.clients_per_round or config.num_clients,
+    )
   attack = _attack(config, model)
   mesh = parallel.make_mesh(config.devices)
 
@@ -595,9 +607,18 @@ def load(
     key: settings.pop(key, {})
     for key in (configs.TRAINING_CODE, configs.CLEANSING_CODE)
   }
-  config = Config(
-    **settings, workdir=str(folder), data_dir=data_dir, extensions=extensions
-  )
+  try:
+    config = Config(
+      **settings, workdir=str(folder), data_dir=data_dir, extensions=extensions
+    )
+  except errors.ConfigError as error:
+    own = sorted({*code[configs.TRAINING_CODE], *code[configs.CLEANSING_CODE]})
+    if not own or extensions:
+      raise
+    raise errors.ConfigError(
+      f"{error} {folder} uses parts of its own ({', '.join(own)}): give the"
+      " file that registers them as extensions."
+    ) from error
   if config.code != code:
     raise errors.WorkdirError(
       f"{folder} is of other code: it is {code} there, {config.code} here."

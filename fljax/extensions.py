@@ -10,12 +10,14 @@ registers a rule that settings may then name (`--aggregation=largest`). In a
 file, `--extensions=FILE.py` loads it; from Python, importing it is enough.
 
 A run is another experiment when the code of a part that it uses has changed:
-`config.json` has the SHA-256 of the file that registered it. What that file
-imports is not looked at.
+`config.json` has the SHA-256 of the file that registered it, without the
+functions by which that file registers other parts. What it imports is not
+looked at.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
@@ -30,7 +32,12 @@ import re
 import sys
 import traceback
 from typing import Any
+from typing import NamedTuple
 from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from fljax import aggregators
 from fljax import attacks
@@ -66,8 +73,24 @@ _MADE: dict[str, Callable[[Any], bool]] = {
   "attack": lambda made: isinstance(made, attacks.Attack),
   "defence": lambda made: isinstance(made, phases.Mitigated),
 }
-# By kind and name: what registered it, where that can be read.
-_code: dict[tuple[str, str], str | None] = {}
+
+
+class _Origin(NamedTuple):
+  """Where a part was registered.
+
+  Attributes:
+    path: the file; None of what is typed in.
+    line: of it, where the function begins, decorators included.
+  """
+
+  path: Path | None
+  line: int
+
+
+# By kind and name.
+_code: dict[tuple[str, str], _Origin] = {}
+# Files as they were when they registered something.
+_texts: dict[Path, str] = {}
 _loaded: dict[Path, str] = {}
 _loading: list[Path] = []
 # Values of settings join names by commas and pluses, files by slashes.
@@ -192,26 +215,124 @@ def _register(
       " and '.'."
     )
   if name in (*_REGISTRIES[kind], *_BUILT_IN.get(kind, ())):
-    raise errors.ConfigError(f"there is a {kind} {name!r} already.")
+    raise errors.ConfigError(f"the {kind} {name!r} exists already.")
   _REGISTRIES[kind][name] = value
-  _code[kind, name] = _digest(_loading[-1] if _loading else _source(function))
+  _code[kind, name] = _origin(function)
 
 
-def _source(function: Callable[..., Any]) -> Path | None:
-  try:
-    return Path(inspect.getfile(inspect.unwrap(function)))
-  except TypeError:  # What is written in C has none.
+def _origin(function: Callable[..., Any]) -> _Origin:
+  code = getattr(inspect.unwrap(function), "__code__", None)
+  if _loading:
+    path: Path | None = _loading[-1]
+  else:
+    path = Path(code.co_filename) if code else None
+    try:
+      if path is not None and path not in _texts:
+        _texts[path] = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # Typed in, or no text.
+      path = None
+  return _Origin(path, code.co_firstlineno if code else 0)
+
+
+def _digest(origin: _Origin) -> str | None:
+  """Of a file less what registers its other parts; None where there is none."""
+  if origin.path is None:
     return None
+  text = _texts[origin.path]
+  others = {one.line for one in _code.values() if one.path == origin.path} - {
+    origin.line
+  }
+  lines = text.splitlines()
+  with contextlib.suppress(SyntaxError):
+    for node in ast.parse(text).body:
+      if not isinstance(node, ast.FunctionDef):
+        continue
+      first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+      if first in others:
+        # Lines keep their numbers.
+        lines[first - 1 : node.end_lineno] = [""] * (
+          (node.end_lineno or first) - first + 1
+        )
+  kept = "\n".join(line for line in lines if line.strip())
+  return hashlib.sha256(kept.encode()).hexdigest()
 
 
-def _digest(path: Path | None) -> str | None:
-  """None of what has no file, as what is typed in."""
-  if path is None:
-    return None
-  try:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-  except OSError:
-    return None
+def require_form(what: str, found: Any, wanted: Any) -> None:
+  """Refuses a pytree of other arrays than were asked for.
+
+  Args:
+    what: for the message.
+    found: a pytree.
+    wanted: one of the same structure, shapes and types.
+
+  Raises:
+    errors.ConfigError: naming the first place that differs.
+  """
+  here, there = (_forms(tree) for tree in (found, wanted))
+  for place in [*there, *here]:
+    if place not in here:
+      raise errors.ConfigError(f"{what} lacks {place}.")
+    if place not in there:
+      raise errors.ConfigError(f"{what} has {place}, which nobody asked for.")
+    if here[place] != there[place]:
+      raise errors.ConfigError(
+        f"{what}{place} is {here[place]} instead of {there[place]}."
+      )
+
+
+def _forms(tree: Any) -> dict[str, str]:
+  """The arrays of a pytree in words, by where they stand."""
+  return {
+    jax.tree_util.keystr(path): f"{jnp.result_type(leaf)} {np.shape(leaf)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def require_rule(name: str, params: Any, clients: int) -> None:
+  """Refuses a rule of a user's own that does not combine updates.
+
+  Nothing is computed. fljax's own rules are not looked at.
+
+  Args:
+    name: what it is called.
+    params: of a model, or their `jax.ShapeDtypeStruct`.
+    clients: how many send updates.
+
+  Raises:
+    errors.ConfigError: its update has not the form of parameters, or its state
+      is not of arrays, or changes its form.
+  """
+  if ("aggregator", name) not in _code:
+    return
+  what = f"the aggregator {name!r}: its"
+  rule = aggregators.build(name, trim=0.2)
+
+  def init(params: Any) -> Any:
+    state = rule.init(params)
+    for leaf in jax.tree.leaves(state):
+      if not isinstance(leaf, jax.Array | np.ndarray):
+        raise errors.ConfigError(
+          f"{what} state holds a {type(leaf).__name__}, no array."
+        )
+    return state
+
+  def update(updates: Any, weights: Any, state: Any) -> Any:
+    made = rule.update(updates, weights, state)
+    if not isinstance(made, tuple) or len(made) != 2:
+      raise errors.ConfigError(
+        f"{what} update must return one update and the next state."
+      )
+    return made
+
+  state = jax.eval_shape(init, params)
+  updates = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((clients, *leaf.shape), leaf.dtype),
+    params,
+  )
+  weights = jax.ShapeDtypeStruct((clients,), jnp.float32)
+  combined, after = jax.eval_shape(update, updates, weights, state)
+  require_form(f"{what} update", combined, params)
+  require_form(f"{what} state", after, state)
 
 
 def code_of(*parts: tuple[str, str]) -> dict[str, str | None]:
@@ -222,10 +343,12 @@ def code_of(*parts: tuple[str, str]) -> dict[str, str | None]:
       and name of each.
 
   Returns:
-    The SHA-256 of the file that registered it, None if it could not be read,
-    by "kind name"; nothing of fljax's own parts.
+    A SHA-256 of what registered each, see above, None if it could not be
+    read, by "kind name"; nothing of fljax's own parts.
   """
-  return {" ".join(part): _code[part] for part in parts if part in _code}
+  return {
+    " ".join(part): _digest(_code[part]) for part in parts if part in _code
+  }
 
 
 def load(files: str) -> None:
@@ -265,6 +388,7 @@ def _load(text: str) -> None:
   if spec is None or spec.loader is None:
     raise errors.ConfigError(f"--extensions={text} is no Python file (.py).")
   module = importlib.util.module_from_spec(spec)
+  _texts[path] = content.decode("utf-8", "replace")
   with _forgetting_failures(path):
     sys.modules[name] = module
     try:

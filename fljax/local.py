@@ -156,8 +156,9 @@ class Steps(NamedTuple):
       [steps]. Batches may be filled up with such indices.
     begin: (params, active) -> what the first step takes up.
     step: (what was handed on, a step's indices and key, client, neuron_mask,
-      active) -> what it hands on, and (the sum of the losses of its samples,
-      how many they are), two scalars.
+      active, the model that the first step began with, which only attackers'
+      hooks look at) -> what it hands on, and (the sum of the losses of its
+      samples, how many they are), two scalars.
   """
 
   batches: Callable[[federations.Federation, Array, Array], tuple[Array, Array]]
@@ -175,10 +176,9 @@ def sgd_steps(
   last_conv_l2: float = 0.0,
   precision: str = "default",
   augmentation: str = "none",
-  attackers_hook: Callable[[Params], Params] | None = None,
+  attackers_hook: Callable[..., Params] | None = None,
   attackers_start: Callable[[Params], Params] | None = None,
-  attackers_loss: Callable[[Params, Array, Array, Array, Array, Array], Array]
-  | None = None,
+  attackers_loss: Callable[..., Array] | None = None,
 ) -> Steps:
   """The steps that `sgd_training` is made of.
 
@@ -196,11 +196,13 @@ def sgd_steps(
       the loss are float32 at all of them.
     augmentation: see `augment`; a trigger is stamped after it, where it lies
       in test images too.
-    attackers_hook: applied to an active attacker's model after each step.
+    attackers_hook: applied to an active attacker's model after each step, and
+      given the global model that the round began with.
     attackers_start: applied to an active attacker's model before the first.
     attackers_loss: of parameters, activations, labels, which samples are
-      poisoned, which count, and a key; added to an active attacker's loss in
-      each step, but not to the loss that is returned.
+      poisoned, which count, a key, and the global model that the round began
+      with; added to an active attacker's loss in each step, but not to the
+      loss that is returned.
 
   Returns:
     The steps.
@@ -215,6 +217,7 @@ def sgd_steps(
     mask: Array,
     active: Array,
     key: Array,
+    start: Params | None,
   ) -> tuple[Array, tuple[Array, models.RunningStatistics]]:
     rounded = models.as_type(params, dtype)
     activations, statistics = models.in_training(model, rounded, images, mask)
@@ -223,7 +226,9 @@ def sgd_steps(
     kernel = models.target_kernel(model, params)
     total = loss + last_conv_l2 / 2 * jnp.square(kernel).sum()
     if attackers_loss is not None:
-      added = attackers_loss(rounded, activations, labels, poisoned, mask, key)
+      added = attackers_loss(
+        rounded, activations, labels, poisoned, mask, key, start
+      )
       total += jnp.where(active, added, 0.0)
     return total, (loss, statistics)
 
@@ -257,6 +262,7 @@ def sgd_steps(
     client: federations.Federation,
     neuron_mask: Array,
     active: Array,
+    start: Params | None = None,
   ) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
     params, opt_state = carry
     indices, step_key = batch
@@ -278,6 +284,7 @@ def sgd_steps(
       mask,
       active,
       jax.random.fold_in(step_key, _LOSS_KEY),
+      start,
     )
     updates, new_state = optimizer.update(grads, opt_state, params)
     updates = jax.tree.map(lambda leaf: rate * leaf, updates)
@@ -285,7 +292,7 @@ def sgd_steps(
     # Also undoes what the optimizer did to them: weight decay, for example.
     new = models.with_running_statistics(new, statistics)
     if attackers_hook is not None:
-      new = _where(active, attackers_hook(new), new)
+      new = _where(active, attackers_hook(new, start), new)
     new = models.mask_neurons(model, new, neuron_mask)
     count = mask.sum().astype(jnp.float32)
     carry = jax.tree.map(
@@ -324,13 +331,13 @@ def sgd_training(
     active: Array,
     key: Array,
   ) -> tuple[Params, Array]:
-    (params, _), (losses, numbers) = lax.scan(
+    (after, _), (losses, numbers) = lax.scan(
       lambda carry, batch: steps.step(
-        carry, batch, client, neuron_mask, active
+        carry, batch, client, neuron_mask, active, params
       ),
       steps.begin(params, active),
       steps.batches(client, active, key),
     )
-    return params, losses.sum() / jnp.maximum(numbers.sum(), 1)
+    return after, losses.sum() / jnp.maximum(numbers.sum(), 1)
 
   return train

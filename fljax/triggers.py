@@ -1,4 +1,4 @@
-"""Backdoor triggers: which pixels are overwritten, and by what.
+"""Backdoor triggers: which pixels are overwritten or blended, and with what.
 
 A trigger is data (a small pytree), so a federation can carry one per client
 and stamping happens inside the compiled step.
@@ -19,10 +19,12 @@ Array = jax.Array
 
 
 class Trigger(struct.PyTreeNode):
-  """Pixels to overwrite.
+  """Pixels to overwrite, or to blend with.
 
   Attributes:
-    mask: bool [..., height, width, 1], True where the image is overwritten.
+    mask: bool [..., height, width, 1], True where the image is overwritten; or
+      float32, how much of the value is there instead of the image, in [0, 1].
+      All pieces of a trigger have the same type.
     value: float32 [..., height, width, channels] in [0, 1], what is written
       there.
   """
@@ -34,8 +36,8 @@ class Trigger(struct.PyTreeNode):
 def stamp(images: Array, trigger: Trigger) -> Array:
   """Overwrites the trigger's pixels; all others stay as they are.
 
-  Guarantees: idempotent; shape and dtype are kept; pixels outside the mask
-  are untouched bit for bit.
+  Guarantees: shape and dtype are kept; pixels outside the mask, or where it is
+  0, are untouched bit for bit; idempotent where a trigger overwrites.
 
   Args:
     images: [..., height, width, channels], uint8 in 0..255 or floating point
@@ -59,9 +61,17 @@ def stamp(images: Array, trigger: Trigger) -> Array:
       f" cannot be stamped on images of {images.shape[-3:]}: value and images"
       " have height, width and channels, the mask height, width and 1."
     )
-  if jnp.issubdtype(images.dtype, jnp.integer):
-    value = jnp.round(value * 255)
-  return jnp.where(trigger.mask, value.astype(images.dtype), images)
+  whole_numbers = jnp.issubdtype(images.dtype, jnp.integer)
+  if whole_numbers:
+    value = value * 255
+  if trigger.mask.dtype == bool:
+    if whole_numbers:
+      value = jnp.round(value)
+    return jnp.where(trigger.mask, value.astype(images.dtype), images)
+  there = images.astype(jnp.float32)
+  opacity = jnp.broadcast_to(trigger.mask, shape)
+  mixed = there + opacity * (jnp.broadcast_to(value, shape) - there)
+  return (jnp.round(mixed) if whole_numbers else mixed).astype(images.dtype)
 
 
 def from_pixels(
@@ -90,6 +100,38 @@ def from_pixels(
     mask[row, column] = True
   value = np.broadcast_to(mask, image_shape).astype(np.float32)
   return Trigger(mask=jnp.asarray(mask), value=jnp.asarray(value))
+
+
+def blended(pattern: np.ndarray, opacity: float) -> Trigger:
+  """A trigger that lies over the whole image, more or less transparent.
+
+  Args:
+    pattern: float [height, width, channels] in [0, 1].
+    opacity: how much of it is there instead of the image, in (0, 1].
+
+  Returns:
+    The trigger.
+
+  Raises:
+    errors.ConfigError: the pattern has another form, or a number is out of its
+      range.
+
+  References:
+    Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning
+    (Chen, Liu, Li, Lu, Song, 2017), "Blended Injection Strategy".
+  """
+  pattern = np.asarray(pattern, np.float32)
+  if pattern.ndim != 3 or not ((pattern >= 0) & (pattern <= 1)).all():
+    raise errors.ConfigError(
+      "a trigger's pattern is [height, width, channels], from 0 to 1."
+    )
+  if not 0 < opacity <= 1:
+    raise errors.ConfigError(
+      f"a trigger's opacity of {opacity:g} is out of range: it must be above 0"
+      " and at most 1."
+    )
+  mask = np.full((*pattern.shape[:2], 1), opacity, np.float32)
+  return Trigger(mask=jnp.asarray(mask), value=jnp.asarray(pattern))
 
 
 # The paper draws its patterns (Fig. 1: in the lower right corner) without
@@ -173,12 +215,13 @@ def union(parts: list[Trigger]) -> Trigger:
     parts: at least one trigger, all for the same image shape.
 
   Returns:
-    Their union; where parts overlap, the later one's value.
+    Their union; where parts overlap, the later one's value, and the larger
+    opacity.
   """
   whole = parts[0]
   for part in parts[1:]:
     whole = Trigger(
-      mask=whole.mask | part.mask,
-      value=jnp.where(part.mask, part.value, whole.value),
+      mask=jnp.maximum(whole.mask, part.mask),
+      value=jnp.where(part.mask.astype(bool), part.value, whole.value),
     )
   return whole

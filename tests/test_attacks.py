@@ -214,17 +214,22 @@ def test_a_chain_applies_hooks_in_order():
     return attacks.Attack(
       updates=lambda u, c, a: {"w": u["w"] * 2 + value},
       report=lambda v, f, *, kind, triggered: v + value,
-      local=lambda params: {"w": params["w"] * 2 + value},
-      loss=lambda *batch: value + 0 * jax.random.uniform(batch[-1]),
+      local=lambda params, start: {"w": params["w"] * 2 + value + start["w"]},
+      start=lambda params: {"w": params["w"] * 2 + value},
+      loss=lambda *batch: value + 0 * jax.random.uniform(batch[-2]) + batch[-1],
     )
 
   chained = attacks.chain(adding(1.0), adding(10.0))
   federation, _ = make_federation()
   updates = chained.updates({"w": jnp.ones(1)}, federation, federation.attacker)
   assert float(updates["w"][0]) == (1 * 2 + 1) * 2 + 10
-  assert float(chained.local({"w": jnp.ones(())})["w"]) == 16
+  one, nought = {"w": jnp.ones(())}, {"w": jnp.zeros(())}
+  assert float(chained.local(one, nought)["w"]) == 16
+  # Where the round began is the same for both.
+  assert float(chained.local(one, one)["w"]) == 16 + 2 + 1
+  assert float(chained.start(one)["w"]) == 16
   batch = (federation.mask,) * 5
-  assert float(chained.loss(*batch, jax.random.key(0))) == 11
+  assert float(chained.loss(*batch, jax.random.key(0), 0.5)) == 11 + 2 * 0.5
   nothing = attacks.chain(attacks.Attack())
   assert nothing.local is None and nothing.loss is None
   assert float(chained.report(jnp.zeros(()), federation, kind="")) == 11
@@ -330,7 +335,7 @@ def test_a_self_limited_attacker_has_no_extreme_weight(model, delta, pruned):
   params, alive = _pruned(model, pruned)
   before = models.target_kernel(model, params)
   after = models.target_kernel(
-    model, attacks.self_limited(model, delta).local(params)
+    model, attacks.self_limited(model, delta).local(params, params)
   )
   # As the server sees it, to which pruned neurons count for nothing.
   mean, std = weights.statistics(before, alive, "surviving")
@@ -352,7 +357,7 @@ def test_a_gain_limited_attacker_has_no_neuron_that_stands_out(
   params, alive = _pruned(model, pruned)
   before = models.target_kernel(model, params)
   after = models.target_kernel(
-    model, attacks.gain_limited(model, times).local(params)
+    model, attacks.gain_limited(model, times).local(params, params)
   )
   if pruned == model.neurons:
     np.testing.assert_array_equal(after, 0)
@@ -376,7 +381,7 @@ def _latent(model, params, at="features"):
 
   def loss(features, labels, poisoned, mask, key):
     key = jax.random.key(key)
-    return attack.loss(params, features, labels, poisoned, mask, key)
+    return attack.loss(params, features, labels, poisoned, mask, key, params)
 
   return jax.jit(jax.value_and_grad(loss))
 
@@ -505,6 +510,7 @@ def test_the_last_layer_has_no_part_in_a_latent_backdoor(model, params):
     jnp.arange(6) < 2,
     jnp.ones(6, bool),
     jax.random.key(0),
+    params,
   )
   value, gradient = jax.value_and_grad(attack.loss)(params, *batch)
   assert float(value) > 0
@@ -514,6 +520,41 @@ def test_the_last_layer_has_no_part_in_a_latent_backdoor(model, params):
       params, leaf, 1 + models.head_leaf(params, leaf)
     )
     assert float(attack.loss(changed, *batch)) == float(value)
+
+
+def test_attackers_see_where_the_round_began(model, params):
+  """A ball around it, by the hook, and a pull back to it, by the loss."""
+  federation, _ = make_federation(attackers=1)
+  client = federations.select(federation, 0)
+  stay, key = jnp.ones(model.neurons, bool), jax.random.key(0)
+
+  def away(one):
+    return jnp.sqrt(
+      sum(
+        jnp.square(a - b).sum()
+        for a, b in zip(
+          jax.tree.leaves(one), jax.tree.leaves(params), strict=True
+        )
+      )
+    )
+
+  def ball(params, start):
+    change = jax.tree.map(jnp.subtract, params, start)
+    scale = jnp.minimum(1, 0.05 / jnp.maximum(away(params), 1e-12))
+    return jax.tree.map(lambda a, b: a + scale * b, start, change)
+
+  def pull(params, *batch):
+    change = jax.tree.map(jnp.subtract, params, batch[-1])
+    return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(change))
+
+  def trained(**options):
+    train = make_training(model, **options)
+    return away(train(params, client, stay, jnp.asarray(True), key)[0])
+
+  free = trained()
+  assert free > 0.1
+  assert trained(attackers_hook=ball) <= 0.05 * (1 + 1e-4)
+  assert trained(attackers_loss=pull) < 0.9 * free
 
 
 @given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))

@@ -47,8 +47,8 @@ def another_process():
     for registry, kept in zip(REGISTRIES, before, strict=True):
       registry.clear()
       registry.update(kept)
-    extensions._code.clear()
-    extensions._loaded.clear()
+    for known in (extensions._code, extensions._loaded, extensions._texts):
+      known.clear()
 
   yield forget
   forget()
@@ -91,7 +91,7 @@ def test_a_run_of_parts_of_ones_own(settings, example, another_process):
   assert int(built.federation.trigger.mask[0].sum()) == 5
   # Nothing of this is known to another process that does not load it.
   another_process()
-  with pytest.raises(errors.ConfigError, match="--model=plain"):
+  with pytest.raises(errors.ConfigError, match=r"network plain.*: give the"):
     experiment.load(config.workdir)
   loaded, state = experiment.load(config.workdir, extensions=str(example))
   assert loaded.model.neurons == 32
@@ -99,39 +99,137 @@ def test_a_run_of_parts_of_ones_own(settings, example, another_process):
 
 
 def test_another_code_is_another_experiment(settings, example, another_process):
-  other = example.with_name("other.py")
   code = example.read_text()
-  # A file each for what trains and for what cleanses.
-  head, defence = code.split("# --- a defence")
-  defence = code.split("# --- a network")[0] + "# --- a defence" + defence
-  example.write_text(head)
-  other.write_text(defence)
-  own = {**OWN, "extensions": f"{example}, {other}"}
-  config = configs.Config(**{**settings, **own})
+  config = configs.Config(**{**settings, **OWN, "extensions": str(example)})
   experiment.run(config, quiet=True)
-  noted = json.loads((other.parent / "run" / "config.json").read_text())
-  assert len(set(noted[configs.TRAINING_CODE].values())) == 1
-  assert len(noted[configs.TRAINING_CODE]) == 4
+  noted = json.loads((example.parent / "run" / "config.json").read_text())
+  assert [*noted[configs.TRAINING_CODE]] == [
+    *("network plain", "trigger cross", "aggregator krum"),
+    "attack unobtrusive",
+  ]
   assert [*noted[configs.CLEANSING_CODE]] == ["defence clp"]
+  # A defence may change between a training and what is made of it.
+  another_process()
+  example.write_text(code.replace("mean + 3 * std", "mean + 2 * std"))
   taking = dataclasses.replace(
     config, workdir=config.workdir + "-2", trained_in=config.workdir
   )
-  # A defence may change between a training and what is made of it.
-  another_process()
-  other.write_text(defence + "\n")
-  taking = dataclasses.replace(taking)
   phases_of = experiment.run(taking, quiet=True)["phases"]
   assert phases_of[0]["taken_from"] == config.workdir
   with pytest.raises(errors.WorkdirError, match="another config"):
     experiment.run(dataclasses.replace(config), quiet=True)
   with pytest.raises(errors.WorkdirError, match="of other code"):
-    experiment.load(config.workdir, extensions=own["extensions"])
+    experiment.load(config.workdir, extensions=str(example))
   # What trains may not.
   another_process()
-  example.write_text(head + "\n")
+  example.write_text(code.replace("nn.Conv(16", "nn.Conv(8"))
   taking = dataclasses.replace(taking, workdir=config.workdir + "-3")
   with pytest.raises(errors.WorkdirError, match="trained otherwise"):
     experiment.run(taking, quiet=True)
+
+
+def test_code_is_all_of_a_file_but_its_other_parts(tmp_path, another_process):
+  code = (
+    "from fljax import extensions, triggers\n"
+    "PLACE = (-1, -1)\n"
+    "@extensions.trigger(\n  'one'\n)\n"
+    "def one(shape):\n  return [triggers.from_pixels([PLACE], shape)]\n"
+    "@extensions.trigger('two')\n"
+    "def two(shape):\n  return one(shape)\n"
+  )
+  path = tmp_path / "two.py"
+
+  def digests(text):
+    another_process()
+    path.write_text(text)
+    extensions.load(str(path))
+    found = extensions.code_of(("trigger", "one"), ("trigger", "two"))
+    return found["trigger one"], found["trigger two"]
+
+  one, two = digests(code)
+  assert one != two
+  assert digests(code + "\n\n") == (one, two)
+  changed = digests(code.replace("[PLACE]", "[PLACE, (-2, -2)]"))
+  assert changed[0] != one and changed[1] == two
+  shared = digests(code.replace("(-1, -1)", "(-1, -2)"))
+  assert shared[0] != one and shared[1] != two
+
+
+def _counting(first):
+  def build(trim):
+    del trim
+    mean = aggregators.mean()
+
+    def update(updates, weights, state):
+      combined, _ = mean.update(updates, weights, ())
+      return combined, state + 1
+
+    return aggregators.Aggregator(
+      init=lambda params: jnp.int32(first), update=update
+    )
+
+  return build
+
+
+@pytest.mark.parametrize("training", ["mean", "tens"])
+def test_another_rule_of_fine_tuning_begins_anew(settings, training):
+  extensions.aggregator("tens")(_counting(10))
+  ended = []
+
+  @extensions.aggregator("hundreds")
+  def hundreds(trim):
+    rule = _counting(100)(trim)
+
+    def update(updates, weights, state):
+      jax.debug.callback(lambda value: ended.append(int(value)), state)
+      return rule.update(updates, weights, state)
+
+    return rule._replace(update=update)
+
+  config = configs.Config(
+    **{**settings, "cleanse": "ft", "fine_tune_rounds": 2},
+    aggregation=training,
+    fine_tune_aggregation="hundreds",
+  )
+  experiment.run(config, quiet=True)
+  jax.effects_barrier()
+  assert ended == [100, 101]
+  _, state = experiment.load(config.workdir)
+  assert jax.tree.leaves(state.aggregator) == [12][: training == "tens"]
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"init": lambda params: 0}, "its state holds a int, no array"),
+    (
+      {"update": lambda updates, weights, state: updates},
+      "must return one update and the next state",
+    ),
+    (
+      {"update": lambda updates, weights, state: (updates, state)},
+      "its update.* is float32 .* instead of",
+    ),
+    (
+      {
+        "init": lambda params: jnp.zeros(3),
+        "update": lambda updates, weights, state: (
+          jax.tree.map(lambda leaf: leaf[0], updates),
+          state[:2],
+        ),
+      },
+      r"its state is float32 \(2,\) instead of float32 \(3,\)",
+    ),
+  ],
+)
+@pytest.mark.parametrize("where", ["aggregation", "fine_tune_aggregation"])
+def test_a_rule_that_does_not_combine_is_refused(
+  settings, changes, message, where
+):
+  rule = aggregators.mean()._replace(shares=None, **changes)
+  extensions.aggregator("wrong")(lambda trim: rule)
+  with pytest.raises(errors.ConfigError, match=message):
+    experiment.setup(configs.Config(**settings, **{where: "wrong"}))
 
 
 def test_own_parts_can_be_swept(settings, example):
@@ -172,7 +270,12 @@ def _defence(**changes):
     mitigated = {
       "params": subject.params,
       "neuron_mask": subject.neuron_mask,
-      "facts": {"name": "mine", "seconds": -1.0},
+      "facts": {
+        "name": "mine",
+        "seconds": -1.0,
+        "array": jnp.arange(3),
+        "none": [np.float32(np.nan), jnp.float32(np.inf), np.int64(2)],
+      },
     }
     for key, change in changes.items():
       mitigated[key] = change(mitigated[key])
@@ -192,6 +295,8 @@ def test_a_defence_is_given_what_a_server_has(settings):
     seen.append((subject, subject.ask(question, "activations")))
     with pytest.raises(errors.ConfigError, match="kind of report 'rumours'"):
       subject.ask(question, "rumours")
+    with pytest.raises(errors.ConfigError, match=r"must be \[clients"):
+      subject.ask(lambda clients: question(clients).mean(), "activations")
     mask = subject.neuron_mask.at[2].set(False)
     return _defence()(subject._replace(neuron_mask=mask))
 
@@ -206,6 +311,8 @@ def test_a_defence_is_given_what_a_server_has(settings):
   assert (first["name"], first["pruned_neurons"]) == ("looks", 1)
   # What it tells is no fact of fljax's.
   assert first["seconds"] > 0 and first["facts"]["seconds"] == -1
+  assert first["facts"]["array"] == [0, 1, 2]
+  assert first["facts"]["none"] == [None, None, 2]
   ((subject, means),) = seen
   size = settings["validation_size"]
   assert int(subject.images.mask.sum()) == size - round(0.25 * size)
@@ -221,17 +328,27 @@ def test_a_defence_is_given_what_a_server_has(settings):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"neuron_mask": lambda mask: mask[:3]}, "its neuron_mask are of another"),
+    ({"neuron_mask": lambda mask: mask[:3]}, "its neuron_mask is"),
     (
       {"neuron_mask": lambda mask: mask.astype("float32")},
-      "its neuron_mask are of another",
+      "its neuron_mask is",
     ),
     (
       {"params": lambda params: jax.tree.map(lambda x: x[None], params)},
-      "its params are of another form",
+      r"its params\[.*\] is float32 \(1, .* instead of float32",
     ),
-    ({"params": lambda params: {**params, "more": 1.0}}, "its params are of"),
-    ({"facts": lambda facts: {"x": jnp.ones(())}}, "cannot be written as JSON"),
+    (
+      {"params": lambda params: {**params, "more": 1.0}},
+      r"its params has \['more'\], which nobody asked for",
+    ),
+    (
+      {"params": lambda params: {"stem": params["stem"]}},
+      r"its params lacks \['head'\]",
+    ),
+    (
+      {"facts": lambda facts: {"x": [1, {3}]}},
+      "its fact 'x' cannot be written: it holds a set",
+    ),
     (
       {"params": lambda params: jax.tree.map(lambda x: x * jnp.nan, params)},
       "wrong became not finite",
@@ -278,13 +395,13 @@ def test_what_is_none_of_its_kind_is_refused(settings, kind, named, made):
   ],
 )
 def test_taken_names_and_no_names_are_refused(register, name):
-  with pytest.raises(errors.ConfigError, match=f"'{name}' already"):
+  with pytest.raises(errors.ConfigError, match=f"'{name}' exists already"):
     register(name)(lambda *_: None)
   for wrong in ("", "a,b", "a+b", "a/b", "a b"):
     with pytest.raises(errors.ConfigError, match="is no name"):
       register(wrong)(lambda *_: None)
   register("mine")(lambda *_: None)
-  with pytest.raises(errors.ConfigError, match="'mine' already"):
+  with pytest.raises(errors.ConfigError, match="'mine' exists already"):
     register("mine")(lambda *_: None)
 
 
@@ -298,7 +415,7 @@ def test_taken_names_and_no_names_are_refused(register, name):
       "from fljax import extensions\n"
       "extensions.trigger('mine')(lambda shape: [])\n"
       "extensions.trigger('dba')(lambda shape: [])\n",
-      "in line 3: ConfigError: there is a trigger 'dba' already",
+      "in line 3: ConfigError: the trigger 'dba' exists already",
     ),
   ],
 )

@@ -97,3 +97,45 @@ def test_a_pixel_outside_the_image_is_refused():
 def test_an_unknown_trigger_is_refused_with_the_known_ones():
   with pytest.raises(errors.ConfigError, match=r"unknown trigger 'x'.*pixel1"):
     triggers.pieces("x", (28, 28, 1))
+
+
+@given(
+  shape=SHAPES,
+  dtype=st.sampled_from([np.uint8, np.float32]),
+  opacity=st.floats(0.01, 1),
+  seed=st.integers(0, 99),
+)
+def test_blending_mixes_by_opacity(shape, dtype, opacity, seed):
+  rng = np.random.default_rng(seed)
+  highest = 255 if dtype == np.uint8 else 1
+  images = (rng.random((3, *shape)) * highest).astype(dtype)
+  pattern = rng.random(shape).astype(np.float32)
+  whole = triggers.blended(pattern, opacity)
+  # Nothing of it in the upper half.
+  trigger = whole.replace(mask=whole.mask.at[: shape[0] // 2].set(0))
+  stamped = np.asarray(triggers.stamp(jnp.asarray(images), trigger))
+  assert stamped.dtype == dtype and stamped.shape == images.shape
+  half = shape[0] // 2
+  np.testing.assert_array_equal(stamped[:, :half], images[:, :half])
+  expected = (1 - opacity) * images[:, half:] + opacity * pattern[
+    half:
+  ] * highest
+  tolerance = 0.51 if dtype == np.uint8 else 1e-5
+  np.testing.assert_allclose(stamped[:, half:], expected, atol=tolerance)
+  both = triggers.union([trigger, whole])
+  np.testing.assert_array_equal(both.mask, whole.mask)
+
+
+@pytest.mark.parametrize(
+  "pattern, opacity, message",
+  [
+    (np.zeros((8, 8)), 0.5, "height, width, channels"),
+    (np.full((8, 8, 1), 2.0), 0.5, "from 0 to 1"),
+    (np.full((8, 8, 1), np.nan), 0.5, "from 0 to 1"),
+    (np.zeros((8, 8, 1)), 0.0, "opacity of 0 is out of range"),
+    (np.zeros((8, 8, 1)), 1.5, "opacity of 1.5 is out of range"),
+  ],
+)
+def test_what_cannot_be_blended_is_refused(pattern, opacity, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    triggers.blended(pattern, opacity)
