@@ -164,9 +164,20 @@ class Driver:
       restored = self.workdir.adopt(
         self.config.trained_in, self.config.training(), self.state
       )
-    if restored is None:
-      return
-    loaded, progress = restored
+    if restored is not None:
+      self._go_on_from(*restored)
+
+  def take_over(self, folder: str) -> None:
+    """Goes on from the trained model of another run, instead of training.
+
+    Raises:
+      errors.WorkdirError, errors.CheckpointError: see `Workdir.adopt`.
+    """
+    self._go_on_from(
+      *self.workdir.adopt(folder, self.config.training(), self.state)
+    )
+
+  def _go_on_from(self, loaded: Any, progress: workdirs.Progress) -> None:
     self.state = parallel.replicate(
       jax.tree.map(jnp.asarray, loaded), self.experiment.mesh
     )

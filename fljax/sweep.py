@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import time
 from typing import Any
@@ -514,11 +515,11 @@ class Outcome(NamedTuple):
 
   Attributes:
     results: by name, the contents of results.json of those that ended well.
-    failed: by name, why training or fine-tuning did not.
+    failed: by name, why training or cleansing did not.
   """
 
   results: dict[str, dict[str, Any]]
-  failed: dict[str, errors.DivergedError]
+  failed: dict[str, errors.FljaxError]
 
 
 def run(
@@ -539,7 +540,8 @@ def run(
       None listens to signals.
 
   Returns:
-    The outcome. An experiment that diverges does not stop the others.
+    The outcome. An experiment that diverges, or whose cleansing cannot be done,
+    does not stop the others.
 
   Raises:
     errors.FljaxError: with one sentence for the user.
@@ -552,7 +554,7 @@ def run(
   console = consoles.Console(quiet=quiet)
   console.say(f"{consoles.header(first)}, and {len(sweep) - 1} more in {path}")
   results: dict[str, dict[str, Any]] = {}
-  failed: dict[str, errors.DivergedError] = {}
+  failed: dict[str, errors.FljaxError] = {}
   with contextlib.ExitStack() as stack:
     if stop is None:
       stop = stack.enter_context(driving.Stop.on_signals())
@@ -565,15 +567,25 @@ def run(
     drivers = _drivers(sweep, folders, results, stop, quiet=quiet)
     if complete := len(results):
       console.say(f"{complete} of {len(sweep)} experiments are complete.")
-    _train_together(drivers, failed, console, stop, over=over, path=path)
-    for name, driver in drivers.items():
+    sources = _sources(sweep, drivers)
+    if sources:
+      console.say(f"{len(sources)} take over the trained model of another one")
+    own = {name: drivers[name] for name in drivers if name not in sources}
+    _train_together(own, failed, console, stop, over=over, path=path)
+    # Whoever takes a model over comes after the one that trains it.
+    for name in (*own, *sources):
+      driver, source = drivers[name], sources.get(name)
+      if source in failed and not drivers[source].trained:
+        failed[name] = failed[source]
       if name in failed:
         continue
       driver.experiment = _to_device(driver.experiment)
       driver.state = jax.tree.map(jnp.asarray, driver.state)
       try:
+        if source is not None:
+          driver.take_over(sweep[source].workdir)
         results[name] = driver.finish()
-      except errors.DivergedError as error:
+      except (errors.DivergedError, errors.ConfigError) as error:
         console.say(f"{name}: {error}")
         failed[name] = error
       # No more than one experiment's images are on the device.
@@ -582,6 +594,32 @@ def run(
   return Outcome(
     {name: results[name] for name in sweep if name in results}, failed
   )
+
+
+def _sources(
+  sweep: dict[str, Config], drivers: dict[str, driving.Driver]
+) -> dict[str, str]:
+  """Whose trained model an experiment takes over, by name.
+
+  Those that differ in cleansing alone train once: the one that is farthest.
+  """
+
+  def rounds_done(name: str) -> float:
+    driver = drivers.get(name)
+    if driver is None or driver.trained:
+      return math.inf
+    return int(driver.state.round)
+
+  groups: dict[str, list[str]] = {}
+  for name, config in sweep.items():
+    groups.setdefault(repr(config.training()), []).append(name)
+  found = {}
+  for names in groups.values():
+    source = max(names, key=rounds_done)
+    for name in names:
+      if name != source and rounds_done(name) < math.inf:
+        found[name] = source
+  return found
 
 
 def _drivers(
@@ -640,7 +678,7 @@ def _drivers(
 
 def _train_together(
   drivers: dict[str, driving.Driver],
-  failed: dict[str, errors.DivergedError],
+  failed: dict[str, errors.FljaxError],
   console: consoles.Console,
   stop: driving.Stop,
   *,

@@ -251,6 +251,42 @@ def test_clients_decide_in_a_sweep_as_in_single_runs(folder, single):
   assert '"client_holdout": 0.2' in left["config"]
 
 
+def test_what_differs_in_cleansing_alone_is_trained_once(
+  folder, single, monkeypatch, capsys
+):
+  trained = []
+  train = driver.Driver._train
+
+  def counting(self):
+    trained.append(self.workdir.path.name)
+    train(self)
+
+  monkeypatch.setattr(driver.Driver, "_train", counting)
+  config = _config(folder, "cleansings")
+  outcome = sweep.run(sweep.expand(config, "cleanse=fp,aw;pairs=2:1"))
+  names = ["cleanse=fp,2-1", "cleanse=aw,2-1"]
+  assert [*outcome.results] == names and trained == names[:1]
+  # What is complete already serves what is asked for later.
+  more = sweep.run(sweep.expand(config, "cleanse=ft,aw;pairs=2:1"))
+  assert [*more.results] == ["cleanse=ft,2-1", "cleanse=aw,2-1"]
+  assert trained == names[:1]
+  assert "1 take over the trained model" in capsys.readouterr().err
+  alone = _config(folder, "alone", cleanse="aw", victim_label=2)
+  theirs = experiment.run(alone, quiet=True)["phases"]
+  for one, two in zip(outcome.results[names[1]]["phases"], theirs, strict=True):
+    for each in (one, two):
+      each.pop("seconds")
+      each.pop("taken_from", None)
+    assert one == two
+
+
+def test_a_model_that_diverges_is_nobodys(folder):
+  config = _config(folder, "nobodys", learning_rate=1e30)
+  outcome = sweep.run(sweep.expand(config, "cleanse=fp,aw"), quiet=True)
+  assert not outcome.results
+  assert [*outcome.failed] == ["cleanse=fp", "cleanse=aw"]
+
+
 def test_what_is_one_until_attackers_begin_is_trained_once(
   folder, monkeypatch, capsys
 ):

@@ -332,9 +332,7 @@ def _reading(source: Path) -> Iterator[None]:
     ) from error
 
 
-def _note_failure(
-  workdir: workdirs.Workdir, error: errors.DivergedError
-) -> None:
+def _note_failure(workdir: workdirs.Workdir, error: errors.FljaxError) -> None:
   """Keeps the reason, so that it is not tried again."""
   path = workdir.path / FAILED
   with workdir.writing(path):
