@@ -124,8 +124,9 @@ def trigger(name: str) -> Callable[[Part], Part]:
 
   Returns:
     A decorator of a function of the image shape (height, width, channels) that
-    returns a list of `triggers.Trigger`: the pieces, of which attacker i has
-    number i modulo how many there are. Tests stamp all.
+    returns a list of `triggers.Trigger`, by `triggers.from_pixels`,
+    `triggers.blended` or otherwise: the pieces, of which attacker i has number
+    i modulo how many there are. Tests stamp all.
 
   Raises:
     errors.ConfigError: the name is taken, or no name.
@@ -170,11 +171,15 @@ def defence(name: str, *, needs_images: bool = True) -> Callable[[Part], Part]:
 
   Args:
     name: what it is called.
-    needs_images: whether it asks for images of the server's own.
+    needs_images: whether it asks for images of the server's own; otherwise it
+      is given what there is. Where fp, ft or aw comes after it, a share of
+      them is left to these (`--server_holdout`).
 
   Returns:
     A decorator of a function of a `phases.Subject` that returns
-    `phases.Mitigated`.
+    `phases.Mitigated`. As fljax's own that are no part of the paper's process,
+    each of several is applied to the trained model; with fp, ft or aw among
+    them, one after another.
 
   Raises:
     errors.ConfigError: the name is taken, or no name.

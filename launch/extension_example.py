@@ -1,16 +1,20 @@
-"""Parts of one's own, one of each kind: an example to copy from.
+"""Parts of one's own, of each kind: examples to copy from.
 
     E=launch/extension_example.py
     python launch/main.py --flagfile=launch/mnist.flags --extensions=$E \
       --model=plain --trigger=cross --attack=backdoor,unobtrusive \
-      --aggregation=krum --cleanse=clp
+      --aggregation=krum --cleanse=clp,ft
 
-What each function is given and returns is in `fljax.extensions`.
+What each function is given and returns is in `fljax.extensions`, and there is
+more to see in the docstrings of `attacks.Attack`, `aggregators.Aggregator` and
+`phases.Subject`. A part may change without touching what others made: of a file
+only what is no other part's counts as its code.
 """
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fljax import aggregators
 from fljax import attacks
@@ -18,6 +22,7 @@ from fljax import extensions
 from fljax import models
 from fljax import triggers
 from fljax.baselines import phases
+from fljax.cleanse import reports
 
 # --- a network, in three parts: before, at and after the layer to prune ------
 
@@ -67,7 +72,15 @@ def cross(image_shape):
   return [triggers.from_pixels(pixels, image_shape)]
 
 
-# --- a rule of the server's --------------------------------------------------
+@extensions.trigger("stripes")
+def stripes(image_shape):
+  """Vertical stripes over the whole image, a tenth of what is seen."""
+  pattern = np.zeros(image_shape)
+  pattern[:, ::4] = 1
+  return [triggers.blended(pattern, opacity=0.1)]
+
+
+# --- rules of the server's ---------------------------------------------------
 
 
 @extensions.aggregator("krum")
@@ -95,7 +108,27 @@ def krum(trim):
   return aggregators.Aggregator(init=lambda params: (), update=update)
 
 
-# --- an attack ---------------------------------------------------------------
+@extensions.aggregator("momentum")
+def momentum(trim):
+  """The mean with momentum on the server, FedAvgM (Hsu et al., 2019).
+
+  Its state is carried from round to round: a pytree of arrays that keeps its
+  form. Fine-tuning by another rule than training begins with `init`.
+  """
+  del trim
+  mean = aggregators.mean()
+
+  def update(updates, weights, state):
+    combined, _ = mean.update(updates, weights, ())
+    state = jax.tree.map(lambda old, new: 0.9 * old + new, state, combined)
+    return state, state
+
+  return aggregators.Aggregator(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params), update=update
+  )
+
+
+# --- attacks -----------------------------------------------------------------
 
 
 @extensions.attack("unobtrusive")
@@ -124,7 +157,40 @@ def unobtrusive(model, config):
   return attacks.Attack(updates=updates, rowwise=False)
 
 
-# --- a defence ---------------------------------------------------------------
+@extensions.attack("near")
+def near(model, config):
+  """Attackers stay within a ball around the global model, after each step.
+
+  Attack of the Tails (Wang et al., NeurIPS 2020), projected gradient descent.
+  """
+  del model, config
+
+  def local(params, start):
+    away = jax.tree.map(jnp.subtract, params, start)
+    squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(away)]
+    scale = jnp.minimum(1, 1.0 / jnp.maximum(jnp.sqrt(sum(squares)), 1e-12))
+    return jax.tree.map(lambda old, leaf: old + scale * leaf, start, away)
+
+  return attacks.Attack(local=local)
+
+
+@extensions.attack("flip")
+def flip(model, config):
+  """Attackers' images of the victim label are given the target's, unstamped."""
+  del model
+
+  def data(federation, key):
+    del key
+    victims = federation.attacker[:, None] & (
+      federation.labels == config.victim_label
+    )
+    labels = jnp.where(victims, config.target_label, federation.labels)
+    return federation.replace(labels=labels)
+
+  return attacks.Attack(data=data)
+
+
+# --- defences ----------------------------------------------------------------
 
 
 @extensions.defence("clp", needs_images=False)
@@ -145,5 +211,24 @@ def clp(subject):
     params=models.mask_neurons(subject.model, subject.params, stays),
     neuron_mask=stays,
     # Beside how many are pruned, which is told of every defence.
-    facts={"largest": float((norms[alive].max() - mean) / std)},
+    facts={"largest": (norms[alive].max() - mean) / std},
+  )
+
+
+@extensions.defence("quiet", needs_images=False)
+def quiet(subject):
+  """Prunes the tenth of neurons that the median client has least active."""
+  told = subject.ask(
+    lambda clients: reports.client_activations(
+      subject.model, subject.params, clients
+    ),
+    "activations",
+  )
+  middle = jnp.nanmedian(told, axis=0)
+  order = jnp.argsort(jnp.where(subject.neuron_mask, middle, jnp.inf))
+  stays = subject.neuron_mask.at[order[: len(order) // 10]].set(False)
+  return phases.Mitigated(
+    params=models.mask_neurons(subject.model, subject.params, stays),
+    neuron_mask=stays,
+    facts={},
   )

@@ -73,9 +73,9 @@ def example(tmp_path):
 OWN = {
   "model": "plain",
   "trigger": "cross",
-  "attack": "backdoor,unobtrusive",
+  "attack": "backdoor,flip,near,unobtrusive",
   "aggregation": "krum",
-  "cleanse": "clp,ft",
+  "cleanse": "clp,quiet,ft",
 }
 
 
@@ -83,7 +83,7 @@ def test_a_run_of_parts_of_ones_own(settings, example, another_process):
   config = configs.Config(**{**settings, **OWN, "extensions": str(example)})
   results = experiment.run(config, quiet=True)
   assert [one["name"] for one in results["phases"]] == [
-    *("training", "clp", "clp+ft")
+    *("training", "clp", "clp+quiet", "clp+quiet+ft")
   ]
   assert results["phases"][1]["facts"]["largest"] > 0
   built = experiment.setup(config)
@@ -105,9 +105,9 @@ def test_another_code_is_another_experiment(settings, example, another_process):
   noted = json.loads((example.parent / "run" / "config.json").read_text())
   assert [*noted[configs.TRAINING_CODE]] == [
     *("network plain", "trigger cross", "aggregator krum"),
-    "attack unobtrusive",
+    *("attack flip", "attack near", "attack unobtrusive"),
   ]
-  assert [*noted[configs.CLEANSING_CODE]] == ["defence clp"]
+  assert [*noted[configs.CLEANSING_CODE]] == ["defence clp", "defence quiet"]
   # A defence may change between a training and what is made of it.
   another_process()
   example.write_text(code.replace("mean + 3 * std", "mean + 2 * std"))
