@@ -178,7 +178,7 @@ def _sorted(leaf: Array) -> Array:
 
 # By name: of the share of clients that may be malicious, which only rules that
 # leave so many out look at. `extensions.aggregator` adds to them.
-AGGREGATORS: dict[str, Callable[[float], Aggregator]] = {
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
   "mean": lambda trim: mean(),
   "weighted": lambda trim: weighted_mean(),
   "trimmed_mean": trimmed_mean,
@@ -188,12 +188,13 @@ AGGREGATORS: dict[str, Callable[[float], Aggregator]] = {
 WITHOUT_TRIM = ("mean", "weighted", "median")
 
 
-def build(name: str, *, trim: float) -> Aggregator:
+def build(name: str, *, trim: float, **parameters: Any) -> Aggregator:
   """An aggregator by its name in `AGGREGATORS`.
 
   Args:
     name: which.
     trim: what `trimmed_mean` leaves out; of fljax's own no other looks at it.
+    **parameters: of a user's own, see `extensions`.
 
   Returns:
     The aggregator.
@@ -202,4 +203,4 @@ def build(name: str, *, trim: float) -> Aggregator:
     errors.ConfigError: there is no such name.
   """
   errors.require_choice("aggregator", name, AGGREGATORS)
-  return AGGREGATORS[name](trim)
+  return AGGREGATORS[name](trim, **parameters)

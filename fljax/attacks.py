@@ -751,7 +751,7 @@ def within_benign(spread: float) -> Attack:
 
 # What attackers do, by name: of the network and the settings (`config.Config`).
 # `extensions.attack` adds to them.
-ATTACKS: dict[str, Callable[[models.Model, Any], Attack]] = {
+ATTACKS: dict[str, Callable[..., Attack]] = {
   "backdoor": lambda model, config: backdoor(
     victim_label=config.victim_label,
     target_label=config.target_label,

@@ -169,6 +169,13 @@ class Config:
     structure=False,
   )
 
+  parameters: str = _setting(
+    "",
+    "Parameters of parts of your own, joined by commas, as in"
+    " 'near.radius=2,clp.deviations=2.5': by the part's name, and that of a"
+    " keyword argument of its function.",
+  )
+
   # The experiment.
   dataset: str = _setting(
     "mnist",
@@ -797,6 +804,7 @@ class Config:
         f" images, and {why}; or images that clients do not train on, by"
         " --client_holdout."
       )
+    self._check_parameters()
     if not self.attack_names:
       raise errors.ConfigError(
         "--attack must name what attackers do; with --num_attackers=0 there"
@@ -915,20 +923,107 @@ class Config:
     return bool({*self.phases[trains.index(True) :]} & {*pipeline.PHASES})
 
   @property
-  def code(self) -> dict[str, dict[str, str | None]]:
-    """What parts of a user's own are made of, see `extensions.code_of`."""
+  def _used(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Kinds and names of parts: in training, and in cleansing alone."""
+    training = (
+      ("network", self.model),
+      ("trigger", self.trigger),
+      ("aggregator", self.aggregation),
+      *(("attack", name) for name in self.attack_names),
+    )
+    cleansing = (
+      ("aggregator", self.fine_tune_aggregation),
+      *(("defence", name) for name in self.phases),
+    )
+    return training, cleansing
+
+  @property
+  def _given(self) -> list[tuple[str, str, str]]:
+    """Part, parameter and value of `parameters`, as they are written.
+
+    Raises:
+      errors.ConfigError: that is not of the form.
+    """
+    found = []
+    for text in _parts(self.parameters):
+      whole, equals, value = text.partition("=")
+      part, dot, name = whole.rpartition(".")
+      if not (equals and dot and part and name):
+        raise errors.ConfigError(
+          f"--parameters={self.parameters}: {text!r} is not of the form"
+          " 'part.name=value'."
+        )
+      found.append((part.strip(), name.strip(), value.strip()))
+    return found
+
+  def parameters_of(self, kind: str, name: str) -> dict[str, Any]:
+    """What a part is given beside what every part of its kind is.
+
+    Args:
+      kind: see `extensions.parameters`.
+      name: what it is called.
+
+    Returns:
+      Values of `--parameters`, by the names of keyword arguments.
+    """
+    known = extensions.parameters(kind, name)
     return {
-      TRAINING_CODE: extensions.code_of(
-        ("network", self.model),
-        ("trigger", self.trigger),
-        ("aggregator", self.aggregation),
-        *(("attack", name) for name in self.attack_names),
-      ),
-      CLEANSING_CODE: extensions.code_of(
-        ("aggregator", self.fine_tune_aggregation),
-        *(("defence", name) for name in self.phases),
-      ),
+      key: extensions.value_of(value, known[key])
+      for part, key, value in self._given
+      if part == name and key in known
     }
+
+  @property
+  def training_parameters(self) -> str:
+    """Those of `parameters` that matter in training."""
+    training, _ = self._used
+    return ",".join(
+      f"{part}.{key}={value}"
+      for part, key, value in self._given
+      if any(
+        name == part and key in extensions.parameters(kind, name)
+        for kind, name in training
+      )
+    )
+
+  def _check_parameters(self) -> None:
+    for part, key, value in self._given:
+      known: dict[str, Any] = {}
+      for kind in extensions.KINDS:
+        known |= extensions.parameters(kind, part)
+      what = f"--parameters={self.parameters}: {part}.{key}"
+      if key not in known:
+        some = f"it has {', '.join(known)}" if known else "it has none"
+        raise errors.ConfigError(f"{what} is no parameter of {part}: {some}.")
+      try:
+        extensions.value_of(value, known[key])
+      except ValueError:
+        raise errors.ConfigError(
+          f"{what} must be of type {type(known[key]).__name__}."
+        ) from None
+    names = [(part, key) for part, key, _ in self._given]
+    for part, key in names:
+      if names.count((part, key)) > 1:
+        raise errors.ConfigError(
+          f"--parameters={self.parameters} has {part}.{key} twice."
+        )
+
+  @property
+  def code(self) -> dict[str, dict[str, str | None]]:
+    """What parts of a user's own are made of, see `extensions.code_of`.
+
+    With the values that `parameters` gives them.
+    """
+    found = []
+    for parts in self._used:
+      own: dict[str, str | None] = {}
+      for part in parts:
+        for key, digest in extensions.code_of(part).items():
+          given = self.parameters_of(*part)
+          values = [f"{name}={given[name]}" for name in sorted(given)]
+          own[key] = " ".join([str(digest), *values]) if values else digest
+      found.append(own)
+    return dict(zip((TRAINING_CODE, CLEANSING_CODE), found, strict=True))
 
   def identity(self) -> dict[str, Any]:
     """What makes this experiment what it is: settings, and parts' code."""
@@ -960,6 +1055,8 @@ class Config:
       for field in dataclasses.fields(self)
       if field.metadata["identity"] and not field.metadata["cleansing"]
     }
+    # What they are to training is in its parts' code.
+    del found["parameters"]
     if self.aggregation in aggregators.WITHOUT_TRIM:
       # It is fine-tuning's alone then.
       del found["aggregation_trim"]

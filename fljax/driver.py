@@ -833,7 +833,8 @@ class Driver:
         ask=self._asked,
         config=self.config,
         **{key: tuning[key] for key in ("key", "mesh", "on_progress")},
-      )
+      ),
+      **self.config.parameters_of("defence", kind),
     )
     for name, was in (
       ("params", state.params),
@@ -1073,7 +1074,11 @@ def trigger_images(
   """
   if not config.num_attackers:
     return []
-  pieces = triggers.pieces(config.trigger, dataset.train_images.shape[1:])
+  pieces = triggers.pieces(
+    config.trigger,
+    dataset.train_images.shape[1:],
+    **config.parameters_of("trigger", config.trigger),
+  )
   whole = triggers.union(pieces)
   victims = dataset.test_images[dataset.test_labels == config.victim_label]
   victims = victims if len(victims) else dataset.test_images

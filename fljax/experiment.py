@@ -158,7 +158,11 @@ def setup(
         f" --samples_per_client={config.samples_per_client} leaves no client an"
         " image to measure on."
       )
-  pieces = triggers.pieces(config.trigger, image_shape)
+  pieces = triggers.pieces(
+    config.trigger,
+    image_shape,
+    **config.parameters_of("trigger", config.trigger),
+  )
   root = jax.random.key(config.seed)
 
   plan = plan or execution.plan_for()
@@ -166,6 +170,7 @@ def setup(
   for rule in {config.aggregation, config.fine_tune_aggregation}:
     extensions_lib.require_rule(
       rule,
+      _aggregator(config, rule),
       jax.eval_shape(model.init, root),
       config.clients_per_round or config.num_clients,
     )
@@ -299,6 +304,7 @@ def _model(
     image_shape=dataset.train_images.shape[1:],
     num_classes=dataset.num_classes,
     **normalisation,
+    **config.parameters_of("network", config.model),
     initialisation=config.initialisation,
     forms=layers.Forms(
       conv=plan.forms.conv if config.conv == "auto" else config.conv,
@@ -381,15 +387,25 @@ def _aggregator(
   config: Config, name: str | None = None
 ) -> aggregators.Aggregator:
   """The server's rule; that of training, unless it is named."""
+  name = name or config.aggregation
+  if name == "same":
+    name = config.aggregation
   return aggregators.build(
-    name or config.aggregation, trim=config.aggregation_trim
+    name,
+    trim=config.aggregation_trim,
+    **config.parameters_of("aggregator", name),
   )
 
 
 def _attack(config: Config, model: models.Model) -> attacks.Attack:
   """All that attackers do."""
   return attacks.chain(
-    *(attacks.ATTACKS[name](model, config) for name in config.attack_names),
+    *(
+      attacks.ATTACKS[name](
+        model, config, **config.parameters_of("attack", name)
+      )
+      for name in config.attack_names
+    ),
     attacks.model_replacement(config.gamma),
     attacks.own_rate(
       (config.attacker_learning_rate or config.learning_rate)

@@ -9,6 +9,10 @@
 registers a rule that settings may then name (`--aggregation=largest`). In a
 file, `--extensions=FILE.py` loads it; from Python, importing it is enough.
 
+Keyword arguments with defaults are a part's parameters, whole numbers, numbers,
+truth values or texts: of `def largest(trim, *, share=0.5)` the setting
+`--parameters=largest.share=0.25` takes another value.
+
 A run is another experiment when the code of a part that it uses has changed:
 `config.json` has the SHA-256 of the file that registered it, without the
 functions by which that file registers other parts. What it imports is not
@@ -57,6 +61,7 @@ _REGISTRIES: dict[str, MutableMapping[str, Any]] = {
   "attack": attacks.ATTACKS,
   "defence": phases.DEFENCES,
 }
+KINDS = tuple(_REGISTRIES)
 _BUILT_IN: dict[str, Collection[str]] = {
   "network": networks.NETWORKS,
   "defence": (*pipeline.PHASES, *phases.BASELINES),
@@ -81,10 +86,12 @@ class _Origin(NamedTuple):
   Attributes:
     path: the file; None of what is typed in.
     line: of it, where the function begins, decorators included.
+    parameters: what the function may be given, with its defaults.
   """
 
   path: Path | None
   line: int
+  parameters: dict[str, bool | int | float | str]
 
 
 # By kind and name.
@@ -236,7 +243,20 @@ def _origin(function: Callable[..., Any]) -> _Origin:
         _texts[path] = path.read_text(encoding="utf-8")
     except (OSError, ValueError):  # Typed in, or no text.
       path = None
-  return _Origin(path, code.co_firstlineno if code else 0)
+  line = code.co_firstlineno if code else 0
+  return _Origin(path, line, _defaults(function))
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+  try:
+    arguments = inspect.signature(function).parameters.values()
+  except (TypeError, ValueError):
+    return {}
+  return {
+    argument.name: argument.default
+    for argument in arguments
+    if isinstance(argument.default, bool | int | float | str)
+  }
 
 
 def _digest(origin: _Origin) -> str | None:
@@ -260,6 +280,33 @@ def _digest(origin: _Origin) -> str | None:
         )
   kept = "\n".join(line for line in lines if line.strip())
   return hashlib.sha256(kept.encode()).hexdigest()
+
+
+def parameters(kind: str, name: str) -> dict[str, bool | int | float | str]:
+  """What a part of a user's own may be given, with its defaults.
+
+  Args:
+    kind: "network", "trigger", "aggregator", "attack" or "defence".
+    name: what it is called.
+
+  Returns:
+    Defaults by name; nothing of fljax's own parts.
+  """
+  known = _code.get((kind, name))
+  return dict(known.parameters) if known else {}
+
+
+def value_of(text: str, default: bool | int | float | str) -> Any:
+  """A parameter's value, of the type of its default.
+
+  Raises:
+    ValueError: it is none.
+  """
+  if isinstance(default, bool):
+    if text.lower() not in ("true", "false"):
+      raise ValueError
+    return text.lower() == "true"
+  return type(default)(text)
 
 
 def require_form(what: str, found: Any, wanted: Any) -> None:
@@ -293,13 +340,16 @@ def _forms(tree: Any) -> dict[str, str]:
   }
 
 
-def require_rule(name: str, params: Any, clients: int) -> None:
+def require_rule(
+  name: str, rule: aggregators.Aggregator, params: Any, clients: int
+) -> None:
   """Refuses a rule of a user's own that does not combine updates.
 
   Nothing is computed. fljax's own rules are not looked at.
 
   Args:
     name: what it is called.
+    rule: the rule.
     params: of a model, or their `jax.ShapeDtypeStruct`.
     clients: how many send updates.
 
@@ -310,7 +360,6 @@ def require_rule(name: str, params: Any, clients: int) -> None:
   if ("aggregator", name) not in _code:
     return
   what = f"the aggregator {name!r}: its"
-  rule = aggregators.build(name, trim=0.2)
 
   def init(params: Any) -> Any:
     state = rule.init(params)

@@ -218,6 +218,7 @@ def build(
   std: Sequence[float] = (1.0,),
   initialisation: str = "uniform",
   forms: layers.Forms | None = None,
+  **parameters: Any,
 ) -> models.Model:
   """Builds a network by its name, for images of any size that fits.
 
@@ -230,6 +231,7 @@ def build(
     std: likewise.
     initialisation: a key of `layers.INITIALISERS`.
     forms: how layers compute; None takes the backend's default.
+    **parameters: of a user's own, see `extensions`.
 
   Returns:
     The model.
@@ -247,7 +249,12 @@ def build(
   errors.require_choice("initialisation", initialisation, layers.INITIALISERS)
   if name in BUILDERS:
     return _built_by(
-      BUILDERS[name], tuple(image_shape), num_classes, tuple(mean), tuple(std)
+      BUILDERS[name],
+      tuple(image_shape),
+      num_classes,
+      tuple(mean),
+      tuple(std),
+      **parameters,
     )
   plan = NETWORKS[name]
   for side in image_shape[:2]:
@@ -279,9 +286,14 @@ def _built_by(
   num_classes: int,
   mean: tuple[float, ...],
   std: tuple[float, ...],
+  **parameters: Any,
 ) -> models.Model:
   return builder(
-    image_shape=image_shape, num_classes=num_classes, mean=mean, std=std
+    image_shape=image_shape,
+    num_classes=num_classes,
+    mean=mean,
+    std=std,
+    **parameters,
   )
 
 

@@ -7,6 +7,7 @@ and stamping happens inside the compiled step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import struct
 import jax
@@ -173,7 +174,7 @@ def _dba(image_shape: tuple[int, int, int]) -> list[Trigger]:
 
 
 # Name -> function of the image shape -> the trigger's pieces.
-TRIGGERS: dict[str, Callable[[tuple[int, int, int]], list[Trigger]]] = {
+TRIGGERS: dict[str, Callable[..., list[Trigger]]] = {
   "pixel1": _corner(1),
   "pixel3": _corner(3),
   "pixel5": _corner(5),
@@ -184,7 +185,9 @@ TRIGGERS: dict[str, Callable[[tuple[int, int, int]], list[Trigger]]] = {
 }
 
 
-def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
+def pieces(
+  name: str, image_shape: tuple[int, int, int], **parameters: Any
+) -> list[Trigger]:
   """The parts into which a trigger is split among attackers.
 
   Args:
@@ -192,6 +195,7 @@ def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
       in the very corner, have one piece, which every attacker stamps; `dba`
       has four, and attacker i stamps piece i mod 4.
     image_shape: height, width, channels.
+    **parameters: of a user's own, see `extensions`.
 
   Returns:
     The pieces. The full trigger, stamped at test time, is their `union`.
@@ -205,7 +209,7 @@ def pieces(name: str, image_shape: tuple[int, int, int]) -> list[Trigger]:
     DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.).
   """
   errors.require_choice("trigger", name, TRIGGERS)
-  return TRIGGERS[name](image_shape)
+  return TRIGGERS[name](image_shape, **parameters)
 
 
 def union(parts: list[Trigger]) -> Trigger:

@@ -73,11 +73,11 @@ def cross(image_shape):
 
 
 @extensions.trigger("stripes")
-def stripes(image_shape):
+def stripes(image_shape, *, opacity=0.1):
   """Vertical stripes over the whole image, a tenth of what is seen."""
   pattern = np.zeros(image_shape)
   pattern[:, ::4] = 1
-  return [triggers.blended(pattern, opacity=0.1)]
+  return [triggers.blended(pattern, opacity)]
 
 
 # --- rules of the server's ---------------------------------------------------
@@ -109,7 +109,7 @@ def krum(trim):
 
 
 @extensions.aggregator("momentum")
-def momentum(trim):
+def momentum(trim, *, beta=0.9):
   """The mean with momentum on the server, FedAvgM (Hsu et al., 2019).
 
   Its state is carried from round to round: a pytree of arrays that keeps its
@@ -120,7 +120,7 @@ def momentum(trim):
 
   def update(updates, weights, state):
     combined, _ = mean.update(updates, weights, ())
-    state = jax.tree.map(lambda old, new: 0.9 * old + new, state, combined)
+    state = jax.tree.map(lambda old, new: beta * old + new, state, combined)
     return state, state
 
   return aggregators.Aggregator(
@@ -158,8 +158,10 @@ def unobtrusive(model, config):
 
 
 @extensions.attack("near")
-def near(model, config):
+def near(model, config, *, radius=1.0):
   """Attackers stay within a ball around the global model, after each step.
+
+  Keyword arguments are parameters: `--parameters=near.radius=2`.
 
   Attack of the Tails (Wang et al., NeurIPS 2020), projected gradient descent.
   """
@@ -168,7 +170,8 @@ def near(model, config):
   def local(params, start):
     away = jax.tree.map(jnp.subtract, params, start)
     squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(away)]
-    scale = jnp.minimum(1, 1.0 / jnp.maximum(jnp.sqrt(sum(squares)), 1e-12))
+    norm = jnp.sqrt(sum(squares))
+    scale = jnp.minimum(1, radius / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda old, leaf: old + scale * leaf, start, away)
 
   return attacks.Attack(local=local)
@@ -194,19 +197,19 @@ def flip(model, config):
 
 
 @extensions.defence("clp", needs_images=False)
-def clp(subject):
+def clp(subject, *, deviations=3.0):
   """Prunes the channels of the last convolution that can amplify most.
 
   Data-free Backdoor Removal based on Channel Lipschitzness (Zheng et al., ECCV
   2022), on that layer: those whose kernel, as a matrix, has a spectral norm of
-  more than the mean and three standard deviations.
+  more than the mean and so many standard deviations.
   """
   kernel = models.target_kernel(subject.model, subject.params)
   matrices = kernel.reshape(-1, *kernel.shape[-2:]).transpose(2, 1, 0)
   norms = jnp.linalg.norm(matrices, ord=2, axis=(1, 2))
   alive = subject.neuron_mask
   mean, std = norms[alive].mean(), norms[alive].std()
-  stays = alive & (norms <= mean + 3 * std)
+  stays = alive & (norms <= mean + deviations * std)
   return phases.Mitigated(
     params=models.mask_neurons(subject.model, subject.params, stays),
     neuron_mask=stays,

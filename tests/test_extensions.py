@@ -110,7 +110,7 @@ def test_another_code_is_another_experiment(settings, example, another_process):
   assert [*noted[configs.CLEANSING_CODE]] == ["defence clp", "defence quiet"]
   # A defence may change between a training and what is made of it.
   another_process()
-  example.write_text(code.replace("mean + 3 * std", "mean + 2 * std"))
+  example.write_text(code.replace("deviations=3.0", "deviations=2.0"))
   taking = dataclasses.replace(
     config, workdir=config.workdir + "-2", trained_in=config.workdir
   )
@@ -153,6 +153,81 @@ def test_code_is_all_of_a_file_but_its_other_parts(tmp_path, another_process):
   assert changed[0] != one and changed[1] == two
   shared = digests(code.replace("(-1, -1)", "(-1, -2)"))
   assert shared[0] != one and shared[1] != two
+
+
+def test_parameters_reach_their_parts(settings, example, another_process):
+  given = "near.radius=1e-3, clp.deviations=0,stripes.opacity=0.25"
+  own = {**OWN, "trigger": "stripes", "attack": "backdoor,near"}
+  own |= {"aggregation": "momentum", "cleanse": "clp", "gamma": 1.0}
+  config = configs.Config(
+    **{**settings, **own, "extensions": str(example), "parameters": given}
+  )
+  results = experiment.run(config, quiet=True)
+  built = experiment.setup(config)
+  assert float(built.federation.trigger.mask.max()) == 0.25
+  # Half of them lie above the mean.
+  assert 8 <= results["phases"][1]["pruned_neurons"] <= 24
+  code = config.code
+  assert code[configs.TRAINING_CODE]["attack near"].endswith(" radius=0.001")
+  assert code[configs.CLEANSING_CODE]["defence clp"].endswith(" deviations=0.0")
+  assert config.training_parameters == "near.radius=1e-3,stripes.opacity=0.25"
+  # As with code, only those of training are the model's.
+  taking = dataclasses.replace(
+    config,
+    workdir=config.workdir + "-2",
+    trained_in=config.workdir,
+    parameters=f"{given.replace('deviations=0', 'deviations=9')}",
+  )
+  other = experiment.run(taking, quiet=True)["phases"][1]
+  assert "pruned_neurons" not in other
+  with pytest.raises(errors.WorkdirError, match=r"trained otherwise .*radius="):
+    experiment.run(
+      dataclasses.replace(
+        taking,
+        workdir=config.workdir + "-3",
+        parameters=given.replace("1e-3", "2"),
+      ),
+      quiet=True,
+    )
+  another_process()
+  loaded, _ = experiment.load(config.workdir, extensions=str(example))
+  assert loaded.config.parameters == given
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ("near", "'near' is not of the form 'part.name=value'"),
+    ("near.radius", "is not of the form"),
+    ("near=2", "is not of the form"),
+    ("near.width=2", r"near\.width is no parameter of near: it has radius"),
+    ("far.radius=2", r"far\.radius is no parameter of far: it has none"),
+    ("krum.trim=2", r"krum\.trim is no parameter of krum: it has none"),
+    ("near.radius=wide", r"near\.radius must be of type float"),
+    ("near.radius=1,near.radius=2", r"has near\.radius twice"),
+  ],
+)
+def test_parameters_that_nobody_has_are_refused(example, given, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    configs.Config(extensions=str(example), parameters=given)
+
+
+def test_parameters_have_the_type_of_their_default():
+  @extensions.aggregator("typed")
+  def typed(trim, *, count=1, share=0.5, fast=True, kind="a", nothing=None):
+    del trim, nothing
+    return (count, share, fast, kind)
+
+  config = configs.Config(
+    aggregation="typed",
+    parameters="typed.count=3,typed.share=1,typed.fast=False,typed.kind=b",
+  )
+  values = {"count": 3, "share": 1.0, "fast": False, "kind": "b"}
+  assert config.parameters_of("aggregator", "typed") == values
+  assert config.parameters_of("attack", "typed") == {}
+  for wrong in ("count=1.5", "fast=1", "nothing=2"):
+    with pytest.raises(errors.ConfigError, match="typed"):
+      configs.Config(parameters=f"typed.{wrong}")
 
 
 def _counting(first):

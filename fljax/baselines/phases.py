@@ -89,11 +89,11 @@ class Defence(NamedTuple):
   """A defence of a user's own.
 
   Attributes:
-    run: what it does.
+    run: what it does with a `Subject`, and parameters of its own.
     needs_images: whether it asks for images of the server's own.
   """
 
-  run: Callable[[Subject], Mitigated]
+  run: Callable[..., Mitigated]
   needs_images: bool
 
 

@@ -104,6 +104,7 @@ class Store:
       for field in dataclasses.fields(Config)
       if field.metadata["identity"] and field.name not in training
     }
+    defaults["parameters"] = config.training_parameters
     alone = dataclasses.replace(config, **{**defaults, "cleanse": ""})
     folder = self.path / "trained" / digest(training)
     return dataclasses.replace(
