@@ -178,9 +178,9 @@ def defence(name: str, *, needs_images: bool = True) -> Callable[[Part], Part]:
 
   Args:
     name: what it is called.
-    needs_images: whether it asks for images of the server's own; otherwise it
-      is given what there is. Where fp, ft or aw comes after it, a share of
-      them is left to these (`--server_holdout`).
+    needs_images: whether it asks for images of the server's own. Where fp, ft
+      or aw comes after it, a share of them is left to these then
+      (`--server_holdout`). Otherwise it is given all that there are, if any.
 
   Returns:
     A decorator of a function of a `phases.Subject` that returns
