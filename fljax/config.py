@@ -633,9 +633,9 @@ class Config:
   server_holdout: float = _setting(
     0.2,
     "Share of the server's images that nc-unlearn, fine-pruning and fst, and"
-    " defences of your own that need images, leave out of their training where fp, ft or aw comes after them; those then"
-    " decide by the accuracy on that share alone. 0: all train, and all decide"
-    " what they were trained on.",
+    " defences of your own that need images, leave out of their training where"
+    " fp, ft or aw comes after them; those then decide by the accuracy on that"
+    " share alone. 0: all train, and all decide what they were trained on.",
     low=0,
     high=0.9,
     cleansing=True,
