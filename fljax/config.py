@@ -1,7 +1,8 @@
 """The configuration of a run: one frozen value, built from flags here only.
 
 Every field is a flag of the same name; its default, help text and range stand
-in one place. `launch/*.flags` are flagfiles of them.
+in one place. `launch/*.flags` are flagfiles of them. A value that is made loads
+its `extensions`, whose parts its other settings may name.
 """
 
 from __future__ import annotations
@@ -804,7 +805,7 @@ class Config:
         f" images, and {why}; or images that clients do not train on, by"
         " --client_holdout."
       )
-    self._check_parameters()
+    extensions.check_parameters(self.parameters)
     if not self.attack_names:
       raise errors.ConfigError(
         "--attack must name what attackers do; with --num_attackers=0 there"
@@ -937,25 +938,6 @@ class Config:
     )
     return training, cleansing
 
-  @property
-  def _given(self) -> list[tuple[str, str, str]]:
-    """Part, parameter and value of `parameters`, as they are written.
-
-    Raises:
-      errors.ConfigError: that is not of the form.
-    """
-    found = []
-    for text in _parts(self.parameters):
-      whole, equals, value = text.partition("=")
-      part, dot, name = whole.rpartition(".")
-      if not (equals and dot and part and name):
-        raise errors.ConfigError(
-          f"--parameters={self.parameters}: {text!r} is not of the form"
-          " 'part.name=value'."
-        )
-      found.append((part.strip(), name.strip(), value.strip()))
-    return found
-
   def parameters_of(self, kind: str, name: str) -> dict[str, Any]:
     """What a part is given beside what every part of its kind is.
 
@@ -966,47 +948,13 @@ class Config:
     Returns:
       Values of `--parameters`, by the names of keyword arguments.
     """
-    known = extensions.parameters(kind, name)
-    return {
-      key: extensions.value_of(value, known[key])
-      for part, key, value in self._given
-      if part == name and key in known
-    }
+    return extensions.values(self.parameters, kind, name)
 
   @property
   def training_parameters(self) -> str:
     """Those of `parameters` that matter in training."""
     training, _ = self._used
-    return ",".join(
-      f"{part}.{key}={value}"
-      for part, key, value in self._given
-      if any(
-        name == part and key in extensions.parameters(kind, name)
-        for kind, name in training
-      )
-    )
-
-  def _check_parameters(self) -> None:
-    for part, key, value in self._given:
-      known: dict[str, Any] = {}
-      for kind in extensions.KINDS:
-        known |= extensions.parameters(kind, part)
-      what = f"--parameters={self.parameters}: {part}.{key}"
-      if key not in known:
-        some = f"it has {', '.join(known)}" if known else "it has none"
-        raise errors.ConfigError(f"{what} is no parameter of {part}: {some}.")
-      try:
-        extensions.value_of(value, known[key])
-      except ValueError:
-        raise errors.ConfigError(
-          f"{what} must be of type {type(known[key]).__name__}."
-        ) from None
-    names = [(part, key) for part, key, _ in self._given]
-    for part, key in names:
-      if names.count((part, key)) > 1:
-        raise errors.ConfigError(
-          f"--parameters={self.parameters} has {part}.{key} twice."
-        )
+    return extensions.of_parts(self.parameters, training)
 
   @property
   def code(self) -> dict[str, dict[str, str | None]]:
@@ -1078,16 +1026,18 @@ def alone() -> tuple[str, ...]:
 
 def needing_images() -> tuple[str, ...]:
   """Phases for which the server must have images."""
-  own = (name for name, one in baselines.DEFENCES.items() if one.needs_images)
-  return (*(name for name in baselines.BASELINES if name != "nc-oracle"), *own)
+  theirs = (name for name in baselines.BASELINES if name != "nc-oracle")
+  return (*theirs, *_own_with_images())
 
 
 def training_alone() -> tuple[str, ...]:
   """Phases in which the server trains on its images, or may do so."""
+  return (*baselines.TRAINING_BASELINES, *_own_with_images())
+
+
+def _own_with_images() -> tuple[str, ...]:
   return tuple(
-    name
-    for name in needing_images()
-    if name in (*baselines.TRAINING_BASELINES, *baselines.DEFENCES)
+    name for name, one in baselines.DEFENCES.items() if one.needs_images
   )
 
 

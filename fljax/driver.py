@@ -844,7 +844,7 @@ class Driver:
         f"--cleanse={kind}: its {name}", getattr(mitigated, name), was
       )
     told = {
-      name: _plain(value, f"--cleanse={kind}: its fact {name!r}")
+      name: extensions.plain(value, f"--cleanse={kind}: its fact {name!r}")
       for name, value in mitigated.facts.items()
     }
     # Whatever it did, what is pruned stays so.
@@ -971,24 +971,6 @@ def _mending(kind: str) -> str:
     return ""
   return (
     ": lower --server_learning_rate, or limit gradients by --gradient_clip=1"
-  )
-
-
-def _plain(value: Any, what: str) -> Any:
-  """A fact as JSON has it; of what is not finite it knows nothing: None."""
-  if isinstance(value, jax.Array | np.ndarray | np.generic):
-    value = np.asarray(value).tolist()
-  if isinstance(value, dict):
-    return {str(key): _plain(each, what) for key, each in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(each, what) for each in value]
-  if isinstance(value, float):
-    return value if np.isfinite(value) else None
-  if value is None or isinstance(value, str | int):
-    return value
-  raise errors.ConfigError(
-    f"{what} cannot be written: it holds a {type(value).__name__}, no number,"
-    " text, array, list or dictionary."
   )
 
 

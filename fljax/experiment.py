@@ -168,6 +168,8 @@ def setup(
   plan = plan or execution.plan_for()
   model = like.model if like else _model(config, dataset, plan)
   for rule in {config.aggregation, config.fine_tune_aggregation}:
+    if not extensions_lib.is_own("aggregator", rule):
+      continue
     extensions_lib.require_rule(
       rule,
       _aggregator(config, rule),
@@ -388,8 +390,6 @@ def _aggregator(
 ) -> aggregators.Aggregator:
   """The server's rule; that of training, unless it is named."""
   name = name or config.aggregation
-  if name == "same":
-    name = config.aggregation
   return aggregators.build(
     name,
     trim=config.aggregation_trim,

@@ -16,7 +16,7 @@ truth values or texts: of `def largest(trim, *, share=0.5)` the setting
 A run is another experiment when the code of a part that it uses has changed:
 `config.json` has the SHA-256 of the file that registered it, without the
 functions by which that file registers other parts. What it imports is not
-looked at.
+looked at. What parts return is, where they are used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ _REGISTRIES: dict[str, MutableMapping[str, Any]] = {
   "attack": attacks.ATTACKS,
   "defence": phases.DEFENCES,
 }
-KINDS = tuple(_REGISTRIES)
 _BUILT_IN: dict[str, Collection[str]] = {
   "network": networks.NETWORKS,
   "defence": (*pipeline.PHASES, *phases.BASELINES),
@@ -98,7 +97,7 @@ class _Origin(NamedTuple):
 _code: dict[tuple[str, str], _Origin] = {}
 # Files as they were when they registered something.
 _texts: dict[Path, str] = {}
-_loaded: dict[Path, str] = {}
+_loaded: set[Path] = set()
 _loading: list[Path] = []
 # Values of settings join names by commas and pluses, files by slashes.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -296,12 +295,73 @@ def parameters(kind: str, name: str) -> dict[str, bool | int | float | str]:
   return dict(known.parameters) if known else {}
 
 
-def value_of(text: str, default: bool | int | float | str) -> Any:
-  """A parameter's value, of the type of its default.
+def check_parameters(text: str) -> None:
+  """Refuses values of parameters that no part has.
+
+  Args:
+    text: of `--parameters`.
 
   Raises:
-    ValueError: it is none.
+    errors.ConfigError: it is not of the form, or names what there is not, or
+      one twice, or a value is not of its default's type.
   """
+  seen = set()
+  for part, key, value in _given(text):
+    known: dict[str, Any] = {}
+    for kind in _REGISTRIES:
+      known |= parameters(kind, part)
+    what = f"--parameters={text}: {part}.{key}"
+    if key not in known:
+      some = f"it has {', '.join(known)}" if known else "it has none"
+      raise errors.ConfigError(f"{what} is no parameter of {part}: {some}.")
+    try:
+      _value_of(value, known[key])
+    except ValueError:
+      raise errors.ConfigError(
+        f"{what} must be of type {type(known[key]).__name__}."
+      ) from None
+    if (part, key) in seen:
+      raise errors.ConfigError(f"--parameters={text} has {part}.{key} twice.")
+    seen.add((part, key))
+
+
+def values(text: str, kind: str, name: str) -> dict[str, Any]:
+  """What `--parameters` gives a part, by the names of keyword arguments."""
+  known = parameters(kind, name)
+  return {
+    key: _value_of(value, known[key])
+    for part, key, value in _given(text)
+    if part == name and key in known
+  }
+
+
+def of_parts(text: str, parts: Collection[tuple[str, str]]) -> str:
+  """What of `--parameters` is some parts', each of a kind and a name."""
+  return ",".join(
+    f"{part}.{key}={value}"
+    for part, key, value in _given(text)
+    if any(
+      name == part and key in parameters(kind, name) for kind, name in parts
+    )
+  )
+
+
+def _given(text: str) -> list[tuple[str, str, str]]:
+  """Part, parameter and value of each, as they are written."""
+  found = []
+  for item in filter(None, (piece.strip() for piece in text.split(","))):
+    whole, equals, value = item.partition("=")
+    part, dot, name = whole.rpartition(".")
+    if not (equals and dot and part and name):
+      raise errors.ConfigError(
+        f"--parameters={text}: {item!r} is not of the form 'part.name=value'."
+      )
+    found.append((part.strip(), name.strip(), value.strip()))
+  return found
+
+
+def _value_of(text: str, default: bool | int | float | str) -> Any:
+  """Of the default's type; ValueError if it is none."""
   if isinstance(default, bool):
     if text.lower() not in ("true", "false"):
       raise ValueError
@@ -345,7 +405,7 @@ def require_rule(
 ) -> None:
   """Refuses a rule of a user's own that does not combine updates.
 
-  Nothing is computed. fljax's own rules are not looked at.
+  Nothing is computed.
 
   Args:
     name: what it is called.
@@ -357,8 +417,6 @@ def require_rule(
     errors.ConfigError: its update has not the form of parameters, or its state
       is not of arrays, or changes its form.
   """
-  if ("aggregator", name) not in _code:
-    return
   what = f"the aggregator {name!r}: its"
 
   def init(params: Any) -> Any:
@@ -387,6 +445,41 @@ def require_rule(
   combined, after = jax.eval_shape(update, updates, weights, state)
   require_form(f"{what} update", combined, params)
   require_form(f"{what} state", after, state)
+
+
+def plain(value: Any, what: str) -> Any:
+  """What a defence tells, as JSON has it.
+
+  Args:
+    value: a number, text, array, or a list or dictionary of such.
+    what: for the message.
+
+  Returns:
+    The same without arrays; what is not finite, of which JSON knows nothing,
+    is None.
+
+  Raises:
+    errors.ConfigError: it holds something else.
+  """
+  if isinstance(value, jax.Array | np.ndarray | np.generic):
+    value = np.asarray(value).tolist()
+  if isinstance(value, dict):
+    return {str(key): plain(each, what) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(each, what) for each in value]
+  if isinstance(value, float):
+    return value if np.isfinite(value) else None
+  if value is None or isinstance(value, str | int):
+    return value
+  raise errors.ConfigError(
+    f"{what} cannot be written: it holds a {type(value).__name__}, no number,"
+    " text, array, list or dictionary."
+  )
+
+
+def is_own(kind: str, name: str) -> bool:
+  """Whether a part is a user's."""
+  return (kind, name) in _code
 
 
 def code_of(*parts: tuple[str, str]) -> dict[str, str | None]:
@@ -429,20 +522,20 @@ def _load(text: str) -> None:
     raise errors.ConfigError(
       f"--extensions={text} cannot be read: {why}."
     ) from error
-  digest = hashlib.sha256(content).hexdigest()
+  code = content.decode("utf-8", "replace")
   if path in _loaded:
-    if _loaded[path] != digest:
+    if _texts[path] != code:
       raise errors.ConfigError(
         f"--extensions={text} has changed since it was loaded: start anew."
       )
     return
-  # By its content: two files may have the same name.
-  name = f"fljax_extension_{path.stem}_{digest[:8]}"
+  # Numbered: two files may have the same name.
+  name = f"fljax_extension_{len(_loaded)}_{path.stem}"
   spec = importlib.util.spec_from_file_location(name, path)
   if spec is None or spec.loader is None:
     raise errors.ConfigError(f"--extensions={text} is no Python file (.py).")
   module = importlib.util.module_from_spec(spec)
-  _texts[path] = content.decode("utf-8", "replace")
+  _texts[path] = code
   with _forgetting_failures(path):
     sys.modules[name] = module
     try:
@@ -453,7 +546,7 @@ def _load(text: str) -> None:
         f"--extensions={text} fails{_where(error, path)}:"
         f" {type(error).__name__}: {errors.first_line(error)}"
       ) from error
-  _loaded[path] = digest
+  _loaded.add(path)
 
 
 @contextlib.contextmanager

@@ -65,14 +65,14 @@ def stamp(images: Array, trigger: Trigger) -> Array:
   whole_numbers = jnp.issubdtype(images.dtype, jnp.integer)
   if whole_numbers:
     value = value * 255
-  if trigger.mask.dtype == bool:
-    if whole_numbers:
-      value = jnp.round(value)
-    return jnp.where(trigger.mask, value.astype(images.dtype), images)
-  there = images.astype(jnp.float32)
-  opacity = jnp.broadcast_to(trigger.mask, shape)
-  mixed = there + opacity * (jnp.broadcast_to(value, shape) - there)
-  return (jnp.round(mixed) if whole_numbers else mixed).astype(images.dtype)
+  if trigger.mask.dtype != bool:
+    there = images.astype(jnp.float32)
+    opacity = jnp.broadcast_to(trigger.mask, shape)
+    value = there + opacity * (jnp.broadcast_to(value, shape) - there)
+  if whole_numbers:
+    value = jnp.round(value)
+  stamped = trigger.mask.astype(bool)
+  return jnp.where(stamped, value.astype(images.dtype), images)
 
 
 def from_pixels(

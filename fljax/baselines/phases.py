@@ -1,4 +1,6 @@
-"""The baselines as phases of a run: state in, state and facts out.
+"""What the server does alone as phases of a run: state in, state and facts out.
+
+Baselines, and what a user's own defence is given and returns.
 
 `cleanse`, `prune_and_tune` and `shift_features` are deployable: the server
 uses its own validation images, for everything, and nothing else.
