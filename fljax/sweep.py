@@ -3,9 +3,10 @@
 Experiments that differ only in what programs take as data (seed, victim and
 target label, the attack's strength, ...) are trained by one compiled program
 over their stacked federations, states and keys. What that does not fit into is
-run one after another. Either way each leaves the folder that a single run of
-its config leaves, and goes on from it: training as one program saves the same
-checkpoints, and the rest of a run is `driver.Driver`'s.
+run one after another. Those that differ in cleansing alone are trained once,
+and the others take the model over. Either way each leaves the folder that a
+single run of its config leaves, and goes on from it: training as one program
+saves the same checkpoints, and the rest of a run is `driver.Driver`'s.
 """
 
 from __future__ import annotations

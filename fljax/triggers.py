@@ -35,7 +35,7 @@ class Trigger(struct.PyTreeNode):
 
 
 def stamp(images: Array, trigger: Trigger) -> Array:
-  """Overwrites the trigger's pixels; all others stay as they are.
+  """Overwrites, or blends, the trigger's pixels; all others stay as they are.
 
   Guarantees: shape and dtype are kept; pixels outside the mask, or where it is
   0, are untouched bit for bit; idempotent where a trigger overwrites.

@@ -50,13 +50,16 @@ class Subject(NamedTuple):
     neuron_mask: bool [neurons], False for neurons pruned before.
     images: the server's own that it may use; None if it has none.
     ask: (question, kind) -> what all clients report, [clients, ...], attackers
-      as `--attacker_reports` says. A question is a function of a
-      `federation.Federation` that answers for each of its clients by itself, as
-      `reports.client_activations` with a model and parameters does. Its kind
+      as `--attacker_reports` and their attacks' report hooks say. A question is
+      a function of a `federation.Federation` that answers for each of its
+      clients by itself, as `reports.client_activations` with a model and
+      parameters does: it runs where their images are, and nothing but its
+      answers is the server's to see. Its kind
       is "activations", [clients, neurons] over what clients train on, or
       "accuracies", [clients, steps] over what they report these on.
     key: random key.
-    config: the settings, `config.Config`.
+    config: the settings, `config.Config`; what they say of the attack no server
+      knows.
     mesh: devices that work may be spread over; None for one.
     on_progress: to be told of steps, and raises where the run shall stop.
   """
