@@ -56,6 +56,8 @@ PATHS = (
   "dataset",
   "server_data",
 )
+# Settings of several values, joined by commas.
+LISTS = ("parameters", "attack", "attacker_avoids", "cleanse")
 
 
 def _setting(
@@ -891,8 +893,11 @@ class Config:
     Empty if in nothing that would take another program.
     """
     differs: dict[str, Any] = {}
-    if self.fine_tune_aggregation not in ("same", self.aggregation):
-      differs["aggregation"] = self.fine_tune_aggregation
+    rule = self.fine_tune_aggregation
+    if rule not in ("same", self.aggregation):
+      differs["aggregation"] = rule
+      if given := self.parameters_of("aggregator", rule):
+        differs["parameters"] = tuple(sorted(given.items()))
     if self.fine_tune_stealth and self.num_attackers:
       differs["stealth"] = self.fine_tune_stealth
     return differs
@@ -1011,12 +1016,16 @@ class Config:
     return {**found, TRAINING_CODE: self.code[TRAINING_CODE]}
 
   def structure(self) -> dict[str, Any]:
-    """The settings that decide on its programs, and where they run."""
-    return {
+    """The settings that decide on its programs, and where they run.
+
+    But for what fine-tuning has of its own (`tuning`).
+    """
+    found = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["structure"]
     }
+    return {**found, "parameters": self.training_parameters}
 
 
 def alone() -> tuple[str, ...]:
@@ -1057,6 +1066,26 @@ def require_home(flag: str, path: str) -> None:
     raise errors.ConfigError(
       f"{flag}={path} is in the home of a user that there is not."
     ) from error
+
+
+def value_of(name: str, text: str) -> Any:
+  """A setting's value from how it is written.
+
+  Args:
+    name: of the setting.
+    text: as after its flag; true or false for a switch.
+
+  Raises:
+    ValueError: it is none of the setting's type. Its range is `Config`'s
+      concern.
+  """
+  kind = type(getattr(Config, name))
+  if kind is bool:
+    written = {"true": True, "false": False}
+    if text.lower() not in written:
+      raise ValueError(f"{text!r} is neither true nor false.")
+    return written[text.lower()]
+  return kind(text)
 
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
@@ -1108,9 +1137,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_string(
     "sweep",
     "",
-    "Settings with several values each, as in 'seed=0,1,2;pairs=9:0,9:1':"
-    " every combination is run, in a folder of its own in --workdir. 'pairs'"
-    " are victim and target labels; phases are joined by a plus, as in"
+    "Settings with several values each, as in"
+    " 'seed=0,1,2;pairs=9:0,9:1;aggregation=mean,median': every combination is"
+    " run, in a folder of its own in --workdir. 'pairs' are victim and target"
+    " labels; what has commas of its own takes a plus for them, as in"
     " 'cleanse=fp+ft+aw,aw'.",
     flag_values=values,
   )

@@ -1,8 +1,7 @@
-"""What a run shows on the terminal: a progress bar, lines, a table."""
+"""What a run shows on the terminal while it goes on: a bar, lines."""
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from typing import Any
@@ -151,101 +150,3 @@ def detail(phase: dict[str, Any]) -> str:
     threshold = "no change" if delta is None else f"delta {delta:g}"
     parts.append(f"{phase['zeroed_weights']} weights zeroed ({threshold})")
   return ", ".join(parts)
-
-
-def table(results: dict[str, Any]) -> str:
-  """The phases as the paper's tables show them.
-
-  Args:
-    results: the contents of results.json.
-
-  Returns:
-    Several lines; accuracies in percent.
-  """
-  rows = [("phase", "TA %", "AA %", "seconds", "what was done")]
-  rows += [
-    (
-      phase["name"],
-      percent(phase["test_accuracy"]),
-      percent(phase["attack_success"]),
-      f"{phase['seconds']:.1f}",
-      detail(phase),
-    )
-    for phase in results["phases"]
-  ]
-  widths = [max(len(row[column]) for row in rows) for column in range(5)]
-  lines = []
-  for row in rows:
-    cells = [row[0].ljust(widths[0])]
-    cells += [row[c].rjust(widths[c]) for c in (1, 2, 3)]
-    cells.append(row[4])
-    lines.append("  ".join(cells).rstrip())
-  lines.insert(1, "-" * max(len(line) for line in lines))
-  return "\n".join(lines)
-
-
-def _deviation(values: list[float]) -> float:
-  return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def summary(runs: list[dict[str, Any]]) -> str:
-  """Phases averaged over runs, for example over seeds.
-
-  Args:
-    runs: contents of results.json files.
-
-  Returns:
-    Several lines: per phase the mean over the runs that have it, and the
-    sample standard deviation over them, in percent.
-  """
-  names: dict[str, None] = {}
-  for run in runs:
-    names.update(dict.fromkeys(phase["name"] for phase in run["phases"]))
-  lines = [f"{'phase':10}{'runs':>5}{'TA %':>15}{'AA %':>16}{'seconds':>10}"]
-  for name in names:
-    found = [p for run in runs for p in run["phases"] if p["name"] == name]
-    cells = []
-    for key in ("test_accuracy", "attack_success"):
-      values = [p[key] for p in found if p[key] is not None]
-      cells.append(
-        f"{100 * statistics.fmean(values):.2f} ± {100 * _deviation(values):.2f}"
-        if values
-        else "-"
-      )
-    seconds = statistics.fmean(phase["seconds"] for phase in found)
-    lines.append(
-      f"{name:10}{len(found):>5}{cells[0]:>15}{cells[1]:>16}{seconds:>10.1f}"
-    )
-  return "\n".join(lines)
-
-
-def sweep_table(runs: dict[str, dict[str, Any]]) -> str:
-  """Every experiment's phases, and the averages over all of them.
-
-  Args:
-    runs: contents of results.json files, by the experiment's name.
-
-  Returns:
-    Several lines; TA/AA in percent.
-  """
-  names: dict[str, None] = {}
-  for run in runs.values():
-    names.update(dict.fromkeys(phase["name"] for phase in run["phases"]))
-  rows = [["TA/AA %", *names]]
-  for experiment, run in runs.items():
-    cells = {
-      phase["name"]: f"{percent(phase['test_accuracy'])}/"
-      f"{percent(phase['attack_success'])}"
-      for phase in run["phases"]
-    }
-    rows.append([experiment, *(cells.get(name, "") for name in names)])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    "  ".join(
-      [row[0].ljust(widths[0])]
-      + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-    ).rstrip()
-    for row in rows
-  ]
-  lines.insert(1, "-" * max(map(len, lines)))
-  return "\n".join([*lines, "", summary(list(runs.values()))])

@@ -120,9 +120,9 @@ def setup(
 
   Args:
     config: its settings.
-    like: an experiment of the same structure (`Config.structure`). Its data
-      set, its test images on the device and everything that is compiled are
-      shared, not made again.
+    like: an experiment on the same data set, see `closest`. That is shared,
+      not loaded again, and so are its test images on the device; and, if it is
+      of the same structure (`Config.structure`), everything that is compiled.
     dataset: takes the place of the one that the settings name.
     plan: how to compute; None is the backend's.
 
@@ -133,10 +133,14 @@ def setup(
     errors.DataError: the data set cannot be had.
     errors.ConfigError: a setting does not fit the data set or the network.
   """
+  # Whose programs are shared, where those of `like` are.
+  twin = None
   if like is not None:
-    if config.structure() != like.config.structure():
-      raise ValueError("Experiments of different structure share no programs.")
+    if _data(config) != _data(like.config):
+      raise ValueError("Experiments on different data share nothing.")
     dataset = like.dataset
+    if config.structure() == like.config.structure():
+      twin = like
   dataset = dataset or data.load(
     config.dataset, config.data_dir or None, download=config.download
   )
@@ -166,7 +170,7 @@ def setup(
   root = jax.random.key(config.seed)
 
   plan = plan or execution.plan_for()
-  model = like.model if like else _model(config, dataset, plan)
+  model = twin.model if twin else _model(config, dataset, plan)
   for rule in {config.aggregation, config.fine_tune_aggregation}:
     if not extensions_lib.is_own("aggregator", rule):
       continue
@@ -234,25 +238,27 @@ def setup(
   # A batch that divides evenly is evaluated by all devices.
   devices = 1 if mesh is None else mesh.size
   evaluation_batch = -(-plan.evaluation_batch // devices) * devices
-  if like is None:
+  if (
+    like and like.mesh == mesh and like.test.labels.shape[1] == evaluation_batch
+  ):
+    test = like.test
+  else:
     test = parallel.place_examples(
       evaluate.batched(
         dataset.test_images, dataset.test_labels, batch_size=evaluation_batch
       ),
       mesh,
     )
-  else:
-    test = like.test
   if config.pruning == configs.GAIN and "fp" in config.phases:
     models.require_plain_target(model, f"--pruning={configs.GAIN}")
   block = (
-    like.block if like else _block(_kind_of_block(config, model, plan, {}))
+    twin.block if twin else _block(_kind_of_block(config, model, plan, {}))
   )
   tuning = config.tuning
   if not tuning:
     tuning_block = block
-  elif like and like.config.tuning == tuning:
-    tuning_block = like.tuning_block
+  elif twin and twin.config.tuning == tuning:
+    tuning_block = twin.tuning_block
   else:
     tuning_block = _block(_kind_of_block(config, model, plan, tuning))
   known = workdirs.DATA_SHA256
@@ -292,6 +298,26 @@ def setup(
     mesh=mesh,
     digests=digests,
   )
+
+
+def closest(config: Config, known: Iterable[Experiment]) -> Experiment | None:
+  """Of other experiments the one to set a config up like.
+
+  Returns:
+    The first of the same structure, else the first on the same data set, else
+    None.
+  """
+  related = [one for one in known if _data(one.config) == _data(config)]
+  structure = config.structure()
+  for one in related:
+    if one.config.structure() == structure:
+      return one
+  return related[0] if related else None
+
+
+def _data(config: Config) -> tuple[str, str, bool]:
+  """What decides on which images there are to be dealt."""
+  return config.dataset, config.data_dir, config.download
 
 
 def _model(

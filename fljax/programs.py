@@ -17,6 +17,11 @@ import warnings
 import jax
 import tqdm
 
+# After so many experiments of different programs, a process should forget
+# them: every compiled program on a CPU holds mappings of memory, an
+# experiment's some 150, of which Linux gives a process 65,530; past them, XLA
+# ends in a segmentation fault. What is forgotten comes back from the folder.
+FORGET_EVERY = 100
 _SAYS = r"Error (reading|writing) persistent compilation cache entry for "
 _TROUBLE = re.compile(_SAYS + r"'(.+?)': (.*)", re.DOTALL)
 

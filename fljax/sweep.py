@@ -3,10 +3,12 @@
 Experiments that differ only in what programs take as data (seed, victim and
 target label, the attack's strength, ...) are trained by one compiled program
 over their stacked federations, states and keys. What that does not fit into is
-run one after another. Those that differ in cleansing alone are trained once,
-and the others take the model over. Either way each leaves the folder that a
-single run of its config leaves, and goes on from it: training as one program
-saves the same checkpoints, and the rest of a run is `driver.Driver`'s.
+run one after another. Those of other programs (another network, another rule
+of the server's, ...) come after each other, kind by kind. Those that differ in
+cleansing alone are trained once, and the others take the model over. Either way
+each leaves the folder that a single run of its config leaves, and goes on from
+it: training as one program saves the same checkpoints, and the rest of a run is
+`driver.Driver`'s.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fljax import execution
 from fljax import experiment as experiments
 from fljax import federation as federations
 from fljax import population as populations
+from fljax import programs
 from fljax import rounds
 from fljax import workdir as workdirs
 
@@ -45,6 +48,7 @@ Config = configs.Config
 
 PAIRS = "pairs"
 _PAIR = ("victim_label", "target_label")
+_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 # What of the attack means nothing before it begins (--attack_start). The
 # victim label is not among it: attackers are dealt images of that label, and
 # of the target label only with --attackers_hold_target.
@@ -59,15 +63,23 @@ _OF_ATTACK = (
 # --- which experiments -------------------------------------------------------
 
 
-def sweepable() -> dict[str, type]:
-  """Settings that a sweep may vary, and the type of their values."""
-  return {
-    field.name: type(field.default)
-    for field in dataclasses.fields(Config)
-    if field.metadata["identity"]
-    and not field.metadata["structure"]
-    and field.name not in (*_PAIR, *configs.PATHS)
-  }
+def _type(text: str, key: str) -> type:
+  """Of a setting's values, if a sweep may vary it.
+
+  Raises:
+    errors.ConfigError: it may not; which may, is what `Config` says.
+  """
+  fields = {field.name: field for field in dataclasses.fields(Config)}
+  why = ""
+  if key not in fields:
+    why = "there is no such setting"
+  elif key in _PAIR:
+    why = f"labels are swept as pairs, as in {PAIRS}=9:0,9:1"
+  elif not fields[key].metadata["identity"]:
+    why = "it changes no result"
+  if why:
+    raise errors.ConfigError(f"--sweep={text}: {key} cannot be swept; {why}.")
+  return type(fields[key].default)
 
 
 def expand(config: Config, text: str) -> dict[str, Config]:
@@ -76,8 +88,8 @@ def expand(config: Config, text: str) -> dict[str, Config]:
   Args:
     config: what they have in common; its workdir is their folders' parent.
     text: as in "seed=0,1,2;pairs=9:0,9:1": every combination is one
-      experiment. Pairs are victim and target labels; phases of cleansing are
-      joined by a plus, as in "cleanse=fp+ft+aw,aw".
+      experiment. Pairs are victim and target labels; what has commas of its
+      own (`config.LISTS`) takes a plus for them, as in "cleanse=fp+ft+aw,aw".
 
   Returns:
     For each, by the name of its folder, its config.
@@ -112,36 +124,31 @@ def expand(config: Config, text: str) -> dict[str, Config]:
 def _choice(text: str, key: str, value: str) -> tuple[str, dict[str, Any]]:
   """One value: its part of the folder's name, and the settings it means."""
   value = value.strip()
-  allowed = sweepable()
-  kind = int if key == PAIRS else allowed.get(key)
-  if kind is None:
-    raise errors.ConfigError(
-      f"--sweep={text}: {key} cannot be swept; {', '.join(allowed)} and"
-      f" {PAIRS} (victim:target) can."
-    )
-  parts = value.split(":") if key == PAIRS else [value]
-  try:
-    if key == PAIRS and len(parts) != 2:
-      raise ValueError
-    converted = [kind(part) for part in parts]
-  except ValueError:
-    form = "two labels, as in 9:0" if key == PAIRS else f"of type {_name(kind)}"
-    raise errors.ConfigError(
-      f"--sweep={text}: {value!r} is no value of {key}; it must be {form}."
-    ) from None
   if key == PAIRS:
-    return "-".join(map(str, converted)), dict(
-      zip(_PAIR, converted, strict=True)
-    )
-  shown = f"{converted[0]:g}" if kind is float else str(converted[0])
-  if key == "cleanse":
-    # Its own commas would part the values of the sweep.
-    return f"{key}={shown}", {key: shown.replace("+", ",")}
-  return f"{key}={shown}", {key: converted[0]}
-
-
-def _name(kind: type) -> str:
-  return {int: "integer", float: "number"}.get(kind, kind.__name__)
+    pair = value.split(":")
+    try:
+      victim, target = map(int, pair)
+    except ValueError:
+      raise errors.ConfigError(
+        f"--sweep={text}: {value!r} is no value of {key}; it must be two"
+        " labels, as in 9:0."
+      ) from None
+    return f"{victim}-{target}", dict(zip(_PAIR, (victim, target), strict=True))
+  kind = _type(text, key)
+  if key in configs.LISTS:
+    # Their own commas would part the values of the sweep.
+    return f"{key}={value}", {key: value.replace("+", ",")}
+  try:
+    converted = configs.value_of(key, value)
+  except ValueError:
+    raise errors.ConfigError(
+      f"--sweep={text}: {value!r} is no value of {key}; it must be"
+      f" {_NAMES.get(kind, kind.__name__)}."
+    ) from None
+  shown = f"{converted:g}" if kind is float else str(converted)
+  if key in configs.PATHS:
+    shown = shown.replace(os.sep, "-").strip("-")
+  return f"{key}={shown}", {key: converted}
 
 
 # --- training as one program -------------------------------------------------
@@ -549,7 +556,12 @@ def run(
   """
   first = next(iter(sweep.values()))
   path = os.path.dirname(first.workdir)
-  experiments.use_devices(first)
+  # Devices are divided once, for those of the largest rounds.
+  experiments.use_devices(
+    max(
+      sweep.values(), key=lambda one: one.clients_per_round or one.num_clients
+    )
+  )
   experiments.use_compilation_cache(first)
   quiet = quiet or jax.process_index() > 0
   console = consoles.Console(quiet=quiet)
@@ -571,30 +583,51 @@ def run(
     sources = _sources(sweep, drivers)
     if sources:
       console.say(f"{len(sources)} take over the trained model of another one")
-    own = {name: drivers[name] for name in drivers if name not in sources}
-    _train_together(own, failed, console, stop, over=over, path=path)
-    # Whoever takes a model over comes after the one that trains it.
-    for name in (*own, *sources):
-      driver, source = drivers[name], sources.get(name)
-      if source in failed and not drivers[source].trained:
-        failed[name] = failed[source]
-      if name in failed:
-        continue
-      driver.experiment = _to_device(driver.experiment)
-      driver.state = jax.tree.map(jnp.asarray, driver.state)
-      try:
-        if source is not None:
-          driver.take_over(sweep[source].workdir)
-        results[name] = driver.finish()
-      except (errors.DivergedError, errors.ConfigError) as error:
-        console.say(f"{name}: {error}")
-        failed[name] = error
-      # No more than one experiment's images are on the device.
-      driver.experiment = _to_host(driver.experiment)
-      driver.state = None
+    kinds = _kinds(sweep, drivers, sources)
+    if len(kinds) > 1:
+      console.say(f"they are of {len(kinds)} kinds, one after the other")
+    for index, names in enumerate(kinds, start=1):
+      own = {name: drivers[name] for name in names if name not in sources}
+      _train_together(own, failed, console, stop, over=over, path=path)
+      for name in names:
+        driver, source = drivers[name], sources.get(name)
+        if source in failed and not drivers[source].trained:
+          failed[name] = failed[source]
+        if name in failed:
+          continue
+        driver.experiment = _to_device(driver.experiment)
+        driver.state = jax.tree.map(jnp.asarray, driver.state)
+        try:
+          if source is not None:
+            driver.take_over(sweep[source].workdir)
+          results[name] = driver.finish()
+        except (errors.DivergedError, errors.ConfigError) as error:
+          console.say(f"{name}: {error}")
+          failed[name] = error
+        # No more than one experiment's images are on the device.
+        driver.experiment = _to_host(driver.experiment)
+        driver.state = None
+      if index % programs.FORGET_EVERY == 0:
+        jax.clear_caches()
   return Outcome(
     {name: results[name] for name in sweep if name in results}, failed
   )
+
+
+def _kinds(
+  sweep: dict[str, Config],
+  drivers: dict[str, driving.Driver],
+  sources: dict[str, str],
+) -> list[list[str]]:
+  """Names of what is to be done, those of one structure together.
+
+  Whoever takes a model over comes after the one that trains it, with its kind.
+  """
+  found: dict[str, list[str]] = {}
+  for name in sorted(drivers, key=lambda name: name in sources):
+    structure = sweep[sources.get(name, name)].structure()
+    found.setdefault(repr(structure), []).append(name)
+  return list(found.values())
 
 
 def _sources(
@@ -633,10 +666,10 @@ def _drivers(
 ) -> dict[str, driving.Driver]:
   """Sets up what is not complete yet; adds what is to the results.
 
-  The data set is loaded once, and only the first experiment makes programs.
-  Nothing is begun before all of them are known good.
+  A data set is loaded once, and only the first experiment of a structure makes
+  programs. Nothing is begun before all of them are known good.
   """
-  like: experiments.Experiment | None = None
+  known: dict[str, experiments.Experiment] = {}
   ready = {}
   for name, config in sweep.items():
     found = folders[name].results()
@@ -644,17 +677,21 @@ def _drivers(
       results[name] = found
       continue
     try:
-      experiment = experiments.setup(config, like=like)
+      experiment = experiments.setup(
+        config, like=experiments.closest(config, known.values())
+      )
     except errors.ConfigError as error:
       raise errors.ConfigError(f"{name}: {error}") from error
-    like = like or experiment
+    known.setdefault(repr(config.structure()), experiment)
     ready[name] = _to_host(experiment)
-  if results:
-    # A sweep is of one data set, which is looked at once.
+  # Each data set is looked at once.
+  digests = {_data(one.config): one.digests for one in ready.values()}
+  complete: dict[tuple[str, str], list[str]] = {}
+  for name in results:
+    complete.setdefault(_data(sweep[name]), []).append(name)
+  for of, names in complete.items():
     experiments.check_finished(
-      [folders[name] for name in results],
-      next(iter(sweep.values())),
-      like.digests if like else None,
+      [folders[name] for name in names], sweep[names[0]], digests.get(of)
     )
   for name, found in results.items():
     driving.write_report(sweep[name], found, folders[name])
@@ -675,6 +712,11 @@ def _drivers(
     if driver.experiment.mesh is None:
       driver.state = jax.device_get(driver.state)
   return drivers
+
+
+def _data(config: Config) -> tuple[str, str]:
+  """What names an experiment's data."""
+  return config.dataset, config.server_data
 
 
 def _train_together(

@@ -85,17 +85,13 @@ def replaced(base: configs.Config, text: str) -> configs.Config:
       raise errors.ConfigError(
         f"--variant={text}: {name} changes no result; give it as a flag."
       )
-    kind: Any = type(fields[name].default)
     try:
-      changes[name] = (
-        {"true": True, "false": False}[value.lower()]
-        if kind is bool
-        else kind(value)
-      )
-    except (KeyError, ValueError):
+      changes[name] = configs.value_of(name, value)
+    except ValueError:
+      kind = type(fields[name].default).__name__
       raise errors.ConfigError(
         f"--variant={text}: {value!r} is no value of {name}, which is of type"
-        f" {kind.__name__}."
+        f" {kind}."
       ) from None
   return dataclasses.replace(base, **changes)
 

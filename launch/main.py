@@ -8,9 +8,9 @@ from absl import flags
 from absl import logging
 
 from fljax import config
-from fljax import console
 from fljax import errors
 from fljax import experiment
+from fljax import summary
 from fljax import sweep
 
 
@@ -27,14 +27,14 @@ def main(arguments: Sequence[str]) -> int:
   except errors.FljaxError as error:
     print(f"fljax: {error}", file=sys.stderr)
     return 2
-  print(console.table(results))
+  print(summary.table(results))
   return 0
 
 
 def run_sweep(configs: dict[str, config.Config]) -> int:
   outcome = sweep.run(configs)
   if outcome.results:
-    print(console.sweep_table(outcome.results))
+    print(summary.compared(outcome.results))
   for name, error in outcome.failed.items():
     print(f"fljax: {name}: {error}", file=sys.stderr)
   return 2 if outcome.failed else 0

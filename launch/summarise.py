@@ -1,40 +1,68 @@
-"""Averages finished runs: python launch/summarise.py runs/mnist-*."""
+"""Averages finished runs: python launch/summarise.py runs/sweep.
 
+Runs that differ in seed and labels alone are averaged; others are compared.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
 from pathlib import Path
 import sys
 
-from fljax import console
 from fljax import errors
+from fljax import summary
 from fljax import workdir
 
 
-def main(folders: list[str]) -> int:
-  if not folders:
-    print(__doc__, file=sys.stderr)
+def found_in(folders: Sequence[str]) -> dict[str, summary.Run]:
+  """The runs that folders are, or hold as that of a sweep does, by name.
+
+  Raises:
+    errors.WorkdirError: a folder holds no finished run, or a damaged one.
+  """
+  paths: list[Path] = []
+  for folder in map(Path, folders):
+    inside = sorted(folder.glob(f"*/{workdir.RESULTS}"))
+    if (folder / workdir.RESULTS).exists() or not inside:
+      inside = [folder / workdir.RESULTS]
+    paths += inside
+  # As in "runs/sweep/seed=0": once each, however it was named.
+  parents = list(dict.fromkeys(path.parent.absolute() for path in paths))
+  common = os.path.commonpath([parent.parent for parent in parents])
+  return {
+    os.path.relpath(parent, common): workdir.read_results(
+      parent / workdir.RESULTS
+    )
+    for parent in parents
+  }
+
+
+def main(arguments: Sequence[str]) -> int:
+  parser = argparse.ArgumentParser(
+    description="Averages over finished runs, and compares them.",
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "folders",
+    nargs="+",
+    metavar="FOLDER",
+    help="workdir of a finished run, or of a sweep, whose finished runs count",
+  )
+  parser.add_argument(
+    "--csv",
+    metavar="FILE",
+    help="write a line per run and phase there: settings in which the runs"
+    " differ, TA and AA as fractions, seconds",
+  )
+  options = parser.parse_args(arguments)
+  try:
+    runs = found_in(options.folders)
+    if options.csv:
+      Path(options.csv).write_text(summary.as_csv(runs), encoding="utf-8")
+  except (errors.WorkdirError, OSError) as error:
+    print(f"fljax: {error}", file=sys.stderr)
     return 2
-  runs = []
-  for folder in folders:
-    try:
-      runs.append(workdir.read_results(Path(folder) / workdir.RESULTS))
-    except errors.WorkdirError as error:
-      print(f"fljax: {error}", file=sys.stderr)
-      if any(Path(folder).glob(f"*/{workdir.RESULTS}")):
-        print(f"fljax: a sweep's runs are {folder}/*", file=sys.stderr)
-      return 2
-  ignored = ("seed", "figures")
-  settings = [
-    {key: value for key, value in run["config"].items() if key not in ignored}
-    for run in runs
-  ]
-  if any(setting != settings[0] for setting in settings):
-    print("these runs differ in more than their seed:", file=sys.stderr)
-    for key in sorted({key for setting in settings for key in setting}):
-      values = {str(setting.get(key)) for setting in settings}
-      if len(values) > 1:
-        print(f"  {key}: {', '.join(sorted(values))}", file=sys.stderr)
-  seeds = ", ".join(str(run["seed"]) for run in runs)
-  print(f"seeds {seeds}")
-  print(console.summary(runs))
+  print(summary.compared(runs))
   return 0
 
 

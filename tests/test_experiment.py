@@ -24,13 +24,13 @@ import pytest
 
 from fljax import attacks
 from fljax import config as configs
-from fljax import console
 from fljax import errors
 from fljax import evaluate
 from fljax import experiment
 from fljax import models
 from fljax import parallel
 from fljax import population as populations
+from fljax import summary
 from fljax import workdir as workdirs
 from fljax.baselines import phases
 from fljax.cleanse import pipeline
@@ -545,7 +545,7 @@ def test_a_trained_model_is_taken_over(config):
   assert trained["environment"] == results["environment"]
   taken = {**trained, "taken_from": config.workdir}
   assert results["phases"][0] == taken
-  assert f"taken from {config.workdir}" in console.table(results)
+  assert f"taken from {config.workdir}" in summary.table(results)
   _assert_same(_final(config), _final(again))
   # What is damaged beside the trained model is nothing to it.
   checkpoints = Path(again.workdir) / "checkpoints"

@@ -317,6 +317,44 @@ def test_own_parts_can_be_swept(settings, example):
   ]
 
 
+def test_parameters_are_swept_and_a_defences_make_no_other_training(
+  settings, example, capsys
+):
+  base = configs.Config(
+    **{**settings, "extensions": str(example), "cleanse": "clp"}
+  )
+
+  def changed(**changes):
+    return dataclasses.replace(base, **changes)
+
+  one = changed(parameters="clp.deviations=1")
+  assert one.structure() == base.structure()
+  # What fine-tuning's rule is given is what fine-tuning has of its own.
+  two, three = (
+    changed(fine_tune_aggregation="momentum", parameters=f"momentum.beta={b}")
+    for b in (0.1, 0.2)
+  )
+  assert two.structure() == three.structure() == base.structure()
+  assert two.tuning != three.tuning
+  four = changed(aggregation="momentum", parameters="momentum.beta=0.1")
+  assert "momentum.beta=0.1" in four.structure()["parameters"]
+
+  found = sweep.expand(
+    base,
+    "attack=backdoor,backdoor+near;"
+    "parameters=clp.deviations=0.5,near.radius=0.1+clp.deviations=9",
+  )
+  outcome = sweep.run(found)
+  said = capsys.readouterr().err
+  assert [*outcome.results] == [*found] and not outcome.failed
+  # `near` is given another radius; the backdoor alone is trained once.
+  assert "1 take over the trained model" in said
+  pruned = [
+    one["phases"][1].get("pruned_neurons") for one in outcome.results.values()
+  ]
+  assert pruned[0] and not pruned[1]
+
+
 def test_an_attack_of_ones_own_may_take_the_backdoors_place(settings):
   @extensions.attack("flip")
   def flip(model, config):

@@ -9,7 +9,7 @@ from conftest import ROOT
 import numpy as np
 import pytest
 
-from fljax import console
+from fljax import summary
 
 MAIN = ROOT / "launch" / "main.py"
 
@@ -43,7 +43,7 @@ def test_a_run_prints_the_table_of_phases(finished):
   workdir, process = finished
   assert process.returncode == 0, process.stderr
   results = json.loads((workdir / "results.json").read_text())
-  assert process.stdout.strip() == console.table(results)
+  assert process.stdout.strip() == summary.table(results)
   rows = process.stdout.splitlines()[2:]
   assert [row.split()[0] for row in rows] == [
     "training",

@@ -17,6 +17,8 @@ from fljax import driver
 from fljax import errors
 from fljax import execution
 from fljax import experiment
+from fljax import programs
+from fljax import summary
 from fljax import sweep
 from fljax import workdir as workdirs
 
@@ -128,6 +130,22 @@ def test_every_combination_has_a_folder_of_its_own():
     (),
   ]
   assert "cleanse=fp+ft+aw" in found
+  found = sweep.expand(common, "attacker_avoids=3+17,,4")
+  assert [one.avoided_neurons for one in found.values()] == [(3, 17), (), (4,)]
+
+
+def test_switches_and_paths_can_be_swept():
+  text = "attackers_hold_target=true,False;dataset=mnist,/a/b.npz,c/b.npz"
+  found = sweep.expand(configs.Config(workdir="runs"), text)
+  assert [*found][:3] == [
+    "attackers_hold_target=True,dataset=mnist",
+    "attackers_hold_target=True,dataset=a-b.npz",
+    "attackers_hold_target=True,dataset=c-b.npz",
+  ]
+  assert [one.dataset for one in found.values()][1:3] == ["/a/b.npz", "c/b.npz"]
+  assert [one.attackers_hold_target for one in found.values()] == (
+    [True] * 3 + [False] * 3
+  )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +153,12 @@ def test_every_combination_has_a_folder_of_its_own():
   [
     ("seed", "'seed' is not of the form 'seed=0,1,2'"),
     ("seed=0,1;", "'' is not of the form"),
-    ("seed=", "'' is no value of seed; it must be of type integer"),
+    ("seed=", "'' is no value of seed; it must be an integer"),
+    ("gamma=big", "'big' is no value of gamma; it must be a number"),
+    (
+      "attackers_hold_target=2",
+      "is no value of attackers_hold_target; it must",
+    ),
     ("seed=0,one", "'one' is no value of seed"),
     ("seed=0,1,0", "has seed=0 twice"),
     ("gamma=1,1.0", "has gamma=1 twice"),
@@ -145,10 +168,15 @@ def test_every_combination_has_a_folder_of_its_own():
     ("pairs=1:1", "two different labels"),
     ("seed=-1", "--seed=-1 is out of range"),
     ("trigger=pixel2", "unknown --trigger=pixel2"),
-    ("rounds=1,2", "rounds cannot be swept; seed, "),
-    ("victim_label=1", "victim_label cannot be swept"),
-    ("workdir=a,b", "workdir cannot be swept"),
-    ("server_data=a.npz,b.npz", "server_data cannot be swept"),
+    ("pairs=1:one", "'1:one' is no value of pairs; it must be two labels"),
+    ("speed=1,2", "speed cannot be swept; there is no such setting"),
+    (
+      "victim_label=1",
+      "victim_label cannot be swept; labels are swept as pairs",
+    ),
+    ("workdir=a,b", "workdir cannot be swept; it changes no result"),
+    ("attack=backdoor+charm", "unknown --attack 'charm'"),
+    ("model=tiny,huge", "unknown --model=huge"),
   ],
 )
 def test_a_bad_sweep_is_refused_in_one_sentence(text, message):
@@ -166,10 +194,23 @@ def test_what_does_not_fit_the_data_is_named(folder):
   assert not list((folder / "misfit").glob("*/config.json"))
 
 
-def test_experiments_of_other_structure_share_nothing(folder):
+def test_what_is_shared_depends_on_structure_and_data(folder):
   one = experiment.setup(_config(folder, "one"))
-  with pytest.raises(ValueError, match="structure"):
-    experiment.setup(_config(folder, "two", learning_rate=0.3), like=one)
+  other = _config(folder, "two", learning_rate=0.3)
+  two = experiment.setup(other, like=one)
+  assert two.dataset is one.dataset and two.test is one.test
+  assert two.block is not one.block
+  twin = dataclasses.replace(other, seed=7, cleanse="fp")
+  assert experiment.closest(twin, [one, two]) is two
+  three = experiment.setup(twin, like=two)
+  assert three.block is two.block and three.model is two.model
+  assert experiment.closest(_config(folder, "n", rounds=9), [one, two]) is one
+  images, labels = make_images(400)
+  np.savez(folder / "others.npz", images=images, labels=labels)
+  elsewhere = _config(folder, "three", dataset=str(folder / "others.npz"))
+  assert experiment.closest(elsewhere, [one, two]) is None
+  with pytest.raises(ValueError, match="different data"):
+    experiment.setup(elsewhere, like=one)
 
 
 # --- the same results --------------------------------------------------------
@@ -204,7 +245,7 @@ def test_one_by_one_in_one_program_leaves_the_bits_of_single_runs(
   assert made[0].block._cache_size() == 1
   for name in (NAMES[0], NAMES[3]):
     _assert_same(_left(folder / "map" / name), single(name, cleanse="fp,ft,aw"))
-  text = console.sweep_table(outcome.results)
+  text = summary.compared(outcome.results)
   assert all(name in text for name in (*NAMES, "fp+ft", "all"))
   # Complete, it is not run again.
   monkeypatch.setattr(experiment, "setup", None)
@@ -278,6 +319,55 @@ def test_what_differs_in_cleansing_alone_is_trained_once(
       each.pop("seconds")
       each.pop("taken_from", None)
     assert one == two
+
+
+def test_other_networks_rules_and_data_leave_what_single_runs_leave(
+  folder, monkeypatch, capsys
+):
+  images, labels = make_images(300)
+  other = folder / "less.npz"
+  np.savez(other, images=images, labels=labels)
+  loads, forgotten = [], []
+  load = experiment.data.load
+
+  def loading(*arguments, **options):
+    loads.append(arguments[0])
+    return load(*arguments, **options)
+
+  monkeypatch.setattr(experiment.data, "load", loading)
+  monkeypatch.setattr(programs, "FORGET_EVERY", 2)
+  monkeypatch.setattr(jax, "clear_caches", lambda: forgotten.append(1))
+  config = _config(folder, "kinds", rounds=2, cleanse="fp")
+  text = (
+    "aggregation=mean,median;seed=0,1;cleanse=fp,aw;"
+    f"dataset={config.dataset},{other}"
+  )
+  found = sweep.expand(config, text)
+  outcome = sweep.run(found, over="map")
+  said = capsys.readouterr().err
+  assert [*outcome.results] == [*found] and len(found) == 16
+  assert not outcome.failed
+  assert "8 take over the trained model of another one" in said
+  assert "they are of 4 kinds, one after the other" in said
+  assert said.count("2 experiments are trained as one program") == 4
+  assert sorted(loads) == sorted([config.dataset, str(other)])
+  assert len(forgotten) == 2
+  monkeypatch.undo()
+  text = summary.compared(outcome.results)
+  assert "aggregation=median cleanse=aw" in text
+  for name, one in found.items():
+    # One that was trained beside another, and one of a taken model.
+    if one.seed == 1 and one.dataset == str(other) and "=median" in name:
+      alone = dataclasses.replace(one, workdir=f"{one.workdir} alone")
+      experiment.run(alone, quiet=True)
+      ours, theirs = (
+        json.loads((Path(of.workdir) / "results.json").read_text())["phases"]
+        for of in (one, alone)
+      )
+      for phase in (*ours, *theirs):
+        phase.pop("seconds")
+        phase.pop("taken_from", None)
+      assert ours == theirs
 
 
 def test_a_model_that_diverges_is_nobodys(folder):

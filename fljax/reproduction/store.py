@@ -26,6 +26,7 @@ from fljax import console as consoles
 from fljax import driver as driving
 from fljax import errors
 from fljax import experiment as experiments
+from fljax import programs
 from fljax import sweep as sweeps
 from fljax import workdir as workdirs
 from fljax.config import Config
@@ -36,10 +37,6 @@ from fljax.reproduction.plan import Record
 FAILED = "failed.txt"
 # What `launch/reproduce.py` names its JSON files.
 _ARTEFACT = re.compile(r"(table|figure|discussion|beyond)-\d+\.json")
-# Every compiled program on a CPU holds mappings of memory, a run some 150, of
-# which Linux gives a process 65,530; past them, XLA ends in a segmentation
-# fault. What is forgotten comes back from the compilation cache.
-_FORGET_EVERY = 100
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -304,11 +301,13 @@ class Store:
       if workdir.results() is not None:
         return True
       self._runs += 1
-      if self._runs % _FORGET_EVERY == 0:
+      if self._runs % programs.FORGET_EVERY == 0:
         self._like.clear()
         jax.clear_caches()
       key = digest(config.structure())
-      experiment = experiments.setup(config, like=self._like.get(key))
+      experiment = experiments.setup(
+        config, like=experiments.closest(config, self._like.values())
+      )
       self._like[key] = experiment
       try:
         experiments.drive(
