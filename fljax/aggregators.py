@@ -9,9 +9,11 @@ from typing import NamedTuple
 from typing import Protocol
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from fljax import errors
+from fljax import models
 
 Array = jax.Array
 Params = Any
@@ -157,6 +159,208 @@ def median() -> Aggregator:
   return trimmed_mean(0.5)
 
 
+def krum(share: float = 0.2) -> Aggregator:
+  """The one update that lies nearest to most others.
+
+  It has the least sum of squared distances to its n − f − 2 nearest. Where
+  clients hold few labels each, it is one client's model, of those labels.
+
+  Args:
+    share: of the cohort that may be malicious, for f, see `left_out`. What is
+      proved of it holds for 2f + 2 < n.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent
+    (Blanchard, El Mhamdi, Guerraoui, Stainer), Section 4.
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    malicious = left_out(len(weights), share)
+    chosen = jnp.argmin(_krum_scores(updates, malicious))
+    return jax.tree.map(lambda leaf: leaf[chosen], updates), state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+def multi_krum(share: float = 0.2) -> Aggregator:
+  """The mean of the n − f updates with the least scores of Krum.
+
+  Args:
+    share: as for `krum`.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    As for `krum`, "Multi-Krum".
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    malicious = left_out(len(weights), share)
+    order = jnp.argsort(_krum_scores(updates, malicious))
+    chosen = order[: len(weights) - malicious]
+    return jax.tree.map(lambda leaf: leaf[chosen].mean(axis=0), updates), state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+def _krum_scores(updates: Params, malicious: int) -> Array:
+  """[cohort], infinite of what is not finite."""
+  inner = sum(
+    jnp.matmul(rows, rows.T, precision="highest")
+    for rows in (
+      leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(updates)
+    )
+  )
+  squares = jnp.diagonal(inner)
+  distances = jnp.maximum(squares[:, None] + squares[None] - 2 * inner, 0)
+  distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)
+  near = max(len(squares) - malicious - 2, 1)
+  # The nearest of all is the update itself.
+  return jnp.sort(distances, axis=1)[:, 1 : near + 1].sum(axis=1)
+
+
+def geometric_median(steps: int = 8) -> Aggregator:
+  """What has the least sum of distances to the updates.
+
+  By the smoothed Weiszfeld algorithm, from the median of each parameter. Up to
+  half of the clients cannot take it arbitrarily far, whatever they send; what
+  is not finite is left out.
+
+  Args:
+    steps: of the algorithm.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    Robust Aggregation for Federated Learning (Pillutla, Kakade, Harchaoui),
+    Algorithm 2, every client weighing the same.
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    del weights
+    known, finite = _finite_rows(updates)
+    start, _ = median().update(known, finite, ())
+    *_, found = lax.fori_loop(0, steps, _weiszfeld, (known, finite, start))
+    return found, state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+# Distances below it count as it: ν, the usual value.
+_SMOOTHING = 1e-6
+
+
+def _weiszfeld(
+  step: Array, carry: tuple[Params, Array, Params]
+) -> tuple[Params, Array, Params]:
+  """One step towards the geometric median: (updates, who counts, guess)."""
+  del step
+  known, counts, guess = carry
+  away = jax.tree.map(lambda leaf, one: leaf - one[None], known, guess)
+  distances = jnp.sqrt(_squared_norms(away))
+  shares = counts / jnp.maximum(distances, _SMOOTHING)
+  return known, counts, weighted_sum(known, shares / shares.sum())
+
+
+def norm_clipping() -> Aggregator:
+  """The mean of updates none of which is longer than the median one.
+
+  Longer ones are scaled down to it, which takes amplification (γ) away. The
+  median norm of a round needs no tuning, and is no attacker's as long as they
+  are a minority; batch normalisation's running statistics are clipped apart,
+  to the median norm of theirs. What is not finite counts as no change.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    Can You Really Backdoor Federated Learning? (Sun, Kairouz, Suresh, McMahan),
+    "Norm thresholding of updates"; the median as in FLAME: Taming Backdoors in
+    Federated Learning (Nguyen et al.), Algorithm 1.
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    del weights
+    known, finite = _finite_rows(updates)
+    leaves, form = jax.tree_util.tree_flatten_with_path(known)
+    kinds = [models.is_running_statistic(path) for path, _ in leaves]
+    clipped: list[Array] = [leaf for _, leaf in leaves]
+    for kind in set(kinds):
+      own = [index for index, one in enumerate(kinds) if one == kind]
+      norms = jnp.sqrt(_squared_norms([clipped[index] for index in own]))
+      bound = jnp.nanmedian(jnp.where(finite, norms, jnp.nan))
+      shares = jnp.minimum(1, bound / jnp.maximum(norms, bound)) / len(norms)
+      # Where all are zero, nothing is to be scaled.
+      shares = jnp.where(jnp.isfinite(shares), shares, 0)
+      for index in own:
+        clipped[index] = weighted_sum(clipped[index], shares)
+    return jax.tree.unflatten(form, clipped), state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+def robust_learning_rate(share: float = 0.2) -> Aggregator:
+  """The mean, in the other direction where clients disagree about the sign.
+
+  A parameter whose updates' signs sum up to less than 2f either way moves away
+  from their mean. Batch normalisation's running statistics are averaged: a
+  variance that moved away could become negative. What is not finite counts as
+  no change.
+
+  Args:
+    share: of the cohort that may be malicious, for f, see `left_out`. Of ten
+      clients 0.2 makes the threshold 4, its authors' against one attacker.
+
+  Returns:
+    The aggregator; it needs all updates at once.
+
+  References:
+    Defending Against Backdoors in Federated Learning with Robust Learning Rate
+    (Ozdayi, Kantarcioglu, Gel), Algorithm 1.
+  """
+
+  def combine(path: tuple[Any, ...], leaf: Array) -> Array:
+    known = jnp.where(jnp.isfinite(leaf), leaf, 0)
+    mean = known.mean(axis=0)
+    if models.is_running_statistic(path):
+      return mean
+    threshold = 2 * left_out(len(leaf), share)
+    agreement = jnp.abs(jnp.sign(known).sum(axis=0))
+    return jnp.where(agreement >= threshold, mean, -mean)
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    del weights
+    return jax.tree_util.tree_map_with_path(combine, updates), state
+
+  return Aggregator(init=lambda params: (), update=update)
+
+
+def _squared_norms(updates: Params) -> Array:
+  """Of each client's update, over all leaves; [cohort]."""
+  norms = [
+    jnp.square(leaf).reshape(len(leaf), -1).sum(axis=1)
+    for leaf in jax.tree.leaves(updates)
+  ]
+  return jnp.stack(norms).sum(axis=0)
+
+
+def _finite_rows(updates: Params) -> tuple[Params, Array]:
+  """Updates, zero where a client's are not all finite; float32 [cohort]."""
+  finite = jnp.isfinite(_squared_norms(updates))
+  known = jax.tree.map(
+    lambda leaf: jnp.where(
+      finite.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0
+    ),
+    updates,
+  )
+  return known, finite.astype(jnp.float32)
+
+
 # Up to so many rows are sorted by a network of minima and maxima, which XLA
 # fuses: 10 rows of 250,000 take 1.4 ms on two CPU cores, by its own sorting
 # 160. The network's size, and the time to compile it, grows with the square.
@@ -183,9 +387,20 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
   "weighted": lambda trim: weighted_mean(),
   "trimmed_mean": trimmed_mean,
   "median": lambda trim: median(),
+  "krum": krum,
+  "multi_krum": multi_krum,
+  "geometric_median": lambda trim: geometric_median(),
+  "norm_clipping": lambda trim: norm_clipping(),
+  "robust_learning_rate": robust_learning_rate,
 }
 # Those of them to which that share is nothing.
-WITHOUT_TRIM = ("mean", "weighted", "median")
+WITHOUT_TRIM = (
+  "mean",
+  "weighted",
+  "median",
+  "geometric_median",
+  "norm_clipping",
+)
 
 
 def build(name: str, *, trim: float, **parameters: Any) -> Aggregator:
@@ -193,7 +408,8 @@ def build(name: str, *, trim: float, **parameters: Any) -> Aggregator:
 
   Args:
     name: which.
-    trim: what `trimmed_mean` leaves out; of fljax's own no other looks at it.
+    trim: share of the clients that may be malicious; those `WITHOUT_TRIM` do
+      not look at it.
     **parameters: of a user's own, see `extensions`.
 
   Returns:

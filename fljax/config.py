@@ -305,14 +305,17 @@ class Config:
   aggregation: str = _setting(
     "mean",
     "'mean' is the paper's plain mean of updates, 'weighted' FedAvg's by"
-    " number of images; 'trimmed_mean' and 'median' of each parameter withstand"
-    " a minority, and learn less where clients differ.",
+    " number of images; 'trimmed_mean' and 'median' of each parameter, 'krum',"
+    " 'multi_krum' and the 'geometric_median' withstand a minority, and learn"
+    " less where clients differ; 'norm_clipping' averages updates that are no"
+    " longer than the median one; 'robust_learning_rate' moves away from the"
+    " mean where clients disagree about the sign.",
     choices=aggregators.AGGREGATORS,
   )
   aggregation_trim: float = _setting(
     0.2,
-    "Share of a round's clients that trimmed_mean leaves out on each side;"
-    " attackers should be no more.",
+    "Share of a round's clients that may be malicious: trimmed_mean leaves so"
+    " many out on each side, multi_krum so many at all.",
     low=0,
     high=0.49,
   )

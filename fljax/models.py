@@ -136,6 +136,15 @@ def in_training(
   return model.in_training(params, images, mask)
 
 
+def is_running_statistic(path: tuple[Any, ...]) -> bool:
+  """Whether a leaf of the parameters is a running statistic, by its path.
+
+  Args:
+    path: as `jax.tree_util.tree_map_with_path` gives it.
+  """
+  return any(getattr(key, "key", None) == _STATISTICS for key in path)
+
+
 def with_running_statistics(
   params: Params, statistics: RunningStatistics
 ) -> Params:

@@ -3,7 +3,7 @@
     E=launch/extension_example.py
     python launch/main.py --flagfile=launch/mnist.flags --extensions=$E \
       --model=plain --trigger=cross --attack=backdoor,unobtrusive \
-      --aggregation=krum --cleanse=clp,ft
+      --aggregation=bounded --cleanse=clp,ft
 
 What each function is given and returns is in `fljax.extensions`, and there is
 more to see in the docstrings of `attacks.Attack`, `aggregators.Aggregator` and
@@ -83,29 +83,33 @@ def stripes(image_shape, *, opacity=0.1):
 # --- rules of the server's ---------------------------------------------------
 
 
-@extensions.aggregator("krum")
-def krum(trim):
-  """The one update that lies nearest to most others.
+@extensions.aggregator("bounded")
+def bounded(trim, *, norm=1.0, noise=0.0):
+  """The mean of updates no longer than a bound, with noise.
 
-  Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent
-  (Blanchard et al., NIPS 2017): the least sum of squared distances to its
-  n - f - 2 nearest, f of the n clients being malicious.
+  Can You Really Backdoor Federated Learning? (Sun et al., 2019): the bound is
+  the server's to choose, and so is the noise's standard deviation.
   """
+  del trim
 
   def update(updates, weights, state):
-    del weights
-    leaves = jax.tree.leaves(updates)
-    rows = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
-    squared = jnp.square(rows).sum(axis=1)
-    inner = jnp.matmul(rows, rows.T, precision="highest")
-    distances = squared[:, None] + squared[None] - 2 * inner
-    near = max(len(rows) - aggregators.left_out(len(rows), trim) - 2, 1)
-    # The nearest of all is the update itself.
-    scores = jnp.sort(distances, axis=1)[:, 1 : near + 1].sum(axis=1)
-    chosen = jnp.argmin(scores)
-    return jax.tree.map(lambda leaf: leaf[chosen], updates), state
+    rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(updates)]
+    norms = jnp.sqrt(sum(jnp.square(row).sum(axis=1) for row in rows))
+    shares = jnp.minimum(1, norm / norms) / len(norms)
+    combined = aggregators.weighted_sum(updates, shares)
+    # A rule is given no random key: it carries one in its state.
+    key, own = jax.random.split(state)
+    draws = jax.random.split(own, len(rows))
+    leaves, form = jax.tree.flatten(combined)
+    noisy = [
+      leaf + noise * jax.random.normal(draw, leaf.shape)
+      for leaf, draw in zip(leaves, draws, strict=True)
+    ]
+    return jax.tree.unflatten(form, noisy), key
 
-  return aggregators.Aggregator(init=lambda params: (), update=update)
+  return aggregators.Aggregator(
+    init=lambda params: jax.random.PRNGKey(0), update=update
+  )
 
 
 @extensions.aggregator("momentum")

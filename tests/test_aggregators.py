@@ -1,4 +1,5 @@
 import chex
+from hypothesis import assume
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -18,9 +19,13 @@ def _updates(seed, clients):
 
 
 @pytest.mark.parametrize("name", sorted(aggregators.AGGREGATORS))
-@given(seed=st.integers(0, 99), clients=st.integers(1, 8))
+@given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 8]))
 def test_every_aggregator_keeps_the_contract(name, seed, clients):
   """Structure and dtype kept, order of clients irrelevant, jit as eager."""
+  if "krum" in name:
+    # Two that are nearest to each other have the same score: with less than
+    # two neighbours to count, the first of them is chosen.
+    assume(clients >= 5)
   aggregator = aggregators.build(name, trim=0.2)
   updates = _updates(seed, clients)
   rng = np.random.default_rng(seed)
@@ -99,6 +104,150 @@ def test_a_minority_cannot_leave_the_range_of_the_others(
     honest = np.asarray(updates[key])[liars:]
     assert (leaf >= honest.min(axis=0) - 1e-6).all()
     assert (leaf <= honest.max(axis=0) + 1e-6).all()
+
+
+def _rows(updates):
+  return np.concatenate(
+    [
+      np.asarray(leaf, np.float64).reshape(len(leaf), -1)
+      for leaf in jax.tree.leaves(updates)
+    ],
+    axis=1,
+  )
+
+
+def _row(combined):
+  return _rows(jax.tree.map(lambda leaf: leaf[None], combined))[0]
+
+
+@given(seed=st.integers(0, 99), clients=st.sampled_from([5, 10, 19]))
+def test_krum_chooses_who_is_nearest_to_most(seed, clients):
+  updates = _updates(seed, clients)
+  rows = _rows(updates)
+  malicious = aggregators.left_out(clients, 0.2)
+  away = np.square(rows[:, None] - rows[None]).sum(axis=-1)
+  scores = np.sort(away, axis=1)[:, 1 : clients - malicious - 1].sum(axis=1)
+  chosen, _ = aggregators.krum(0.2).update(updates, jnp.ones(clients), ())
+  np.testing.assert_allclose(_row(chosen), rows[scores.argmin()], rtol=1e-6)
+  several, _ = aggregators.multi_krum(0.2).update(
+    updates, jnp.ones(clients), ()
+  )
+  best = np.argsort(scores)[: clients - malicious]
+  np.testing.assert_allclose(
+    _row(several), rows[best].mean(axis=0), rtol=1e-4, atol=1e-6
+  )
+
+
+@given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 10]))
+def test_the_geometric_median_is_nearest_to_all(seed, clients):
+  updates = _updates(seed, clients)
+  rows = _rows(updates)
+
+  def total(point):
+    return np.linalg.norm(rows - point, axis=1).sum()
+
+  found, _ = aggregators.geometric_median().update(
+    updates, jnp.ones(clients), ()
+  )
+  best, _ = aggregators.geometric_median(1000).update(
+    updates, jnp.ones(clients), ()
+  )
+  assert total(_row(found)) <= total(_row(best)) * 1.01 + 1e-4
+  # Of a convex function, what no small step improves is the least.
+  least = total(_row(best))
+  steps = np.random.default_rng(seed).normal(size=(50, rows.shape[1]))
+  assert all(total(_row(best) + 0.01 * step) >= least - 1e-4 for step in steps)
+  assert least <= min(total(row) for row in rows) + 1e-4
+
+
+@given(
+  seed=st.integers(0, 99),
+  clients=st.sampled_from([1, 2, 5, 10]),
+  gamma=st.sampled_from([1.0, 10.0, 1e6]),
+)
+def test_amplification_is_nothing_to_clipped_norms(seed, clients, gamma):
+  updates = _updates(seed, clients)
+  # Whoever is the longest may be as long as it likes.
+  longest = int(np.linalg.norm(_rows(updates), axis=1).argmax())
+  amplified = jax.tree.map(
+    lambda leaf: leaf.at[longest].multiply(gamma), updates
+  )
+  rule = aggregators.norm_clipping()
+  one, two = (
+    rule.update(each, jnp.ones(clients), ())[0] for each in (updates, amplified)
+  )
+  if clients > 2:
+    chex.assert_trees_all_close(one, two, rtol=1e-4, atol=1e-6)
+  rows = _rows(updates)
+  norms = np.linalg.norm(rows, axis=1)
+  kept = np.minimum(1, np.median(norms) / norms)
+  np.testing.assert_allclose(
+    _row(one), (rows * kept[:, None]).mean(axis=0), rtol=1e-4, atol=1e-6
+  )
+
+
+@given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 10]))
+def test_where_signs_disagree_the_rate_is_negative(seed, clients):
+  updates = _updates(seed, clients)
+  combined, _ = aggregators.robust_learning_rate(0.2).update(
+    updates, jnp.ones(clients), ()
+  )
+  rows = _rows(updates)
+  mean = rows.mean(axis=0)
+  agree = abs(np.sign(rows).sum(axis=0)) >= 2 * aggregators.left_out(
+    clients, 0.2
+  )
+  np.testing.assert_allclose(
+    _row(combined), np.where(agree, mean, -mean), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_running_statistics_are_no_direction_and_are_clipped_apart():
+  statistics = {"norm": {"var": jnp.asarray([[1.0], [-2.0], [30.0]])}}
+  updates = {
+    "stem": {
+      "w": jnp.asarray([[-0.1], [0.2], [0.4]]),
+      "batch_stats": statistics,
+    }
+  }
+  flipped, _ = aggregators.robust_learning_rate(0.4).update(
+    updates, jnp.ones(3), ()
+  )
+  assert float(flipped["stem"]["w"][0]) < 0
+  mean = flipped["stem"]["batch_stats"]["norm"]["var"]
+  assert float(mean[0]) == pytest.approx(29 / 3)
+  clipped, _ = aggregators.norm_clipping().update(updates, jnp.ones(3), ())
+  assert float(clipped["stem"]["w"][0]) == pytest.approx(0.3 / 3)
+  mean = clipped["stem"]["batch_stats"]["norm"]["var"]
+  assert float(mean[0]) == pytest.approx(1 / 3)
+
+
+@given(
+  seed=st.integers(0, 99),
+  clients=st.sampled_from([5, 10, 19]),
+  sent=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e10]),
+  name=st.sampled_from(
+    ["krum", "multi_krum", "geometric_median", "norm_clipping"]
+  ),
+)
+def test_a_minority_cannot_take_the_update_far(seed, clients, sent, name):
+  updates = _updates(seed, clients)
+  liars = aggregators.left_out(clients, 0.2)
+  lying = jax.tree.map(lambda leaf: leaf.at[:liars].set(sent), updates)
+  rule = aggregators.build(name, trim=0.2)
+  combined, _ = jax.jit(rule.update)(lying, jnp.ones(clients), ())
+  honest = np.linalg.norm(_rows(updates)[liars:], axis=1).max()
+  assert np.linalg.norm(_row(combined)) <= 2 * honest
+
+
+def test_no_change_of_anybody_is_no_change():
+  updates = {"w": jnp.zeros((5, 3, 2)), "b": jnp.zeros(5)}
+  for name in aggregators.AGGREGATORS:
+    rule = aggregators.build(name, trim=0.2)
+    combined, _ = rule.update(updates, jnp.ones(5), rule.init(updates))
+    chex.assert_trees_all_equal(
+      combined, {"w": jnp.zeros((3, 2)), "b": jnp.zeros(())}
+    )
 
 
 def test_a_cohort_without_samples_changes_nothing():

@@ -74,7 +74,7 @@ OWN = {
   "model": "plain",
   "trigger": "cross",
   "attack": "backdoor,flip,near,unobtrusive",
-  "aggregation": "krum",
+  "aggregation": "bounded",
   "cleanse": "clp,quiet,ft",
 }
 
@@ -104,7 +104,7 @@ def test_another_code_is_another_experiment(settings, example, another_process):
   experiment.run(config, quiet=True)
   noted = json.loads((example.parent / "run" / "config.json").read_text())
   assert [*noted[configs.TRAINING_CODE]] == [
-    *("network plain", "trigger cross", "aggregator krum"),
+    *("network plain", "trigger cross", "aggregator bounded"),
     *("attack flip", "attack near", "attack unobtrusive"),
   ]
   assert [*noted[configs.CLEANSING_CODE]] == ["defence clp", "defence quiet"]
@@ -581,15 +581,20 @@ def test_what_is_typed_in_has_no_file():
   assert configs.Config().identity()[configs.TRAINING_CODE] == {}
 
 
-def test_krum_follows_the_many():
-  spec = configs.Config(extensions=str(EXAMPLE))
-  rule = aggregators.build("krum", trim=0.2)
-  rng = np.random.default_rng(0)
-  rows = rng.normal(size=(10, 6)).astype(np.float32)
-  rows[:2] += 50
-  chosen, _ = rule.update({"w": jnp.asarray(rows)}, jnp.ones(10), ())
-  # By brute force: the least sum over its 10 - 2 - 2 nearest.
-  away = np.sort(((rows[:, None] - rows[None]) ** 2).sum(axis=-1), axis=1)
-  expected = rows[np.argmin(away[:, 1:7].sum(axis=1))]
-  np.testing.assert_allclose(chosen["w"], expected, rtol=1e-6)
-  assert spec.aggregation == "mean"
+def test_a_bounded_update_is_no_longer_than_its_bound():
+  extensions.load(str(EXAMPLE))
+  rows = {"w": jnp.asarray(np.eye(4), jnp.float32) * jnp.asarray([1, 2, 3, 9])}
+
+  def after(**parameters):
+    rule = aggregators.build("bounded", trim=0.2, **parameters)
+    combined, state = rule.update(rows, jnp.ones(4), rule.init({}))
+    again, _ = rule.update(rows, jnp.ones(4), state)
+    return np.asarray(combined["w"]), np.asarray(again["w"])
+
+  first, second = after(norm=2.0)
+  np.testing.assert_allclose(first, np.array([1, 2, 2, 2]) / 4, rtol=1e-6)
+  np.testing.assert_array_equal(first, second)
+  # With noise, every round another one.
+  first, second = after(norm=2.0, noise=0.1)
+  assert not np.allclose(first, second)
+  assert np.abs(first - np.array([1, 2, 2, 2]) / 4).max() < 0.5

@@ -135,7 +135,7 @@ def test_labels_may_be_a_list_and_nothing_may_be_there():
   "call, message",
   [
     (lambda m, p: _backdoored(over="victims"), "'victims': .*victim, others"),
-    (lambda m, p: aggregators.build("krum", trim=0.1), "'krum': .*median"),
+    (lambda m, p: aggregators.build("mode", trim=0.1), "'mode': .*median"),
     (lambda m, p: local.augment(KEY, IMAGES, "flips"), "'flips': .*crop"),
     (
       lambda m, p: weights.statistics(
