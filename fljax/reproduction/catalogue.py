@@ -50,6 +50,7 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   8: alone.beyond_8,
   9: alone.beyond_9,
   10: beyond.beyond_10,
+  11: beyond.beyond_11,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {
