@@ -36,7 +36,9 @@ def test_every_flag_that_is_named_exists(document):
   for name in ("reproduce.py", "calibrate.py", "benchmark.py"):
     script = (ROOT / "launch" / name).read_text(encoding="utf-8")
     own |= set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', script))
-  assert {"seeds", "variant"} <= own
+  script = (ROOT / "launch" / "summarise.py").read_text(encoding="utf-8")
+  own |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script))
+  assert {"seeds", "variant", "csv"} <= own
   assert named <= {*flags.FLAGS, *own}
 
 
