@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -22,6 +23,7 @@ import itertools
 import math
 import os
 import time
+import traceback
 from typing import Any
 from typing import NamedTuple
 
@@ -548,8 +550,8 @@ def run(
       None listens to signals.
 
   Returns:
-    The outcome. An experiment that diverges, or whose cleansing cannot be done,
-    does not stop the others.
+    The outcome. An experiment that diverges, whose cleansing cannot be done, or
+    in which parts of a user's own fail does not stop the others.
 
   Raises:
     errors.FljaxError: with one sentence for the user.
@@ -588,7 +590,9 @@ def run(
       console.say(f"they are of {len(kinds)} kinds, one after the other")
     for index, names in enumerate(kinds, start=1):
       own = {name: drivers[name] for name in names if name not in sources}
-      _train_together(own, failed, console, stop, over=over, path=path)
+      with _keeping_to([sweep[name] for name in own], console) as raised:
+        _train_together(own, failed, console, stop, over=over, path=path)
+      failed |= dict.fromkeys(own, raised[0]) if raised else {}
       for name in names:
         driver, source = drivers[name], sources.get(name)
         if source in failed and not drivers[source].trained:
@@ -597,13 +601,13 @@ def run(
           continue
         driver.experiment = _to_device(driver.experiment)
         driver.state = jax.tree.map(jnp.asarray, driver.state)
-        try:
+        with _keeping_to([sweep[name]], console) as raised:
           if source is not None:
             driver.take_over(sweep[source].workdir)
           results[name] = driver.finish()
-        except (errors.DivergedError, errors.ConfigError) as error:
-          console.say(f"{name}: {error}")
-          failed[name] = error
+        if raised:
+          console.say(f"{name}: {raised[0]}")
+          failed[name] = raised[0]
         # No more than one experiment's images are on the device.
         driver.experiment = _to_host(driver.experiment)
         driver.state = None
@@ -612,6 +616,43 @@ def run(
   return Outcome(
     {name: results[name] for name in sweep if name in results}, failed
   )
+
+
+@contextlib.contextmanager
+def _keeping_to(
+  which: Sequence[Config], console: consoles.Console
+) -> Iterator[list[errors.FljaxError]]:
+  """Keeps to experiments what concerns them alone.
+
+  That is divergence, cleansing that cannot be done, and whatever else is raised
+  where parts of a user's own take part, whose traceback is shown.
+
+  Args:
+    which: their settings.
+    console: where a traceback is shown.
+
+  Yields:
+    What was raised, once it has been.
+  """
+  raised: list[errors.FljaxError] = []
+  try:
+    yield raised
+  except (errors.DivergedError, errors.ConfigError) as error:
+    raised.append(error)
+  except errors.FljaxError:
+    raise
+  except Exception as error:
+    codes = [code for one in which for code in one.code.values()]
+    if not any(codes):
+      raise
+    own = ", ".join(dict.fromkeys(part for code in codes for part in code))
+    console.say(traceback.format_exc().rstrip())
+    raised.append(
+      errors.ConfigError(
+        f"{type(error).__name__}: {errors.first_line(error)} (with parts of"
+        f" your own: {own})"
+      )
+    )
 
 
 def _kinds(

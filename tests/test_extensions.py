@@ -355,6 +355,46 @@ def test_parameters_are_swept_and_a_defences_make_no_other_training(
   assert pruned[0] and not pruned[1]
 
 
+def test_a_mistake_in_a_part_does_not_stop_the_others(settings, capsys):
+  @extensions.attack("broken")
+  def broken(model, config):
+    del model, config
+
+    def updates(updates, clients, active):
+      raise KeyError("no such client")
+
+    return attacks.Attack(updates=updates)
+
+  @extensions.defence("halting", needs_images=False)
+  def halting(subject):
+    raise ZeroDivisionError("no neuron left")
+
+  base = configs.Config(**{**settings, "cleanse": "", "rounds": 1})
+  found = sweep.expand(
+    base, "attack=broken,backdoor;cleanse=,halting,aw;seed=0,1"
+  )
+  outcome = sweep.run(found)
+  assert {name.rpartition(",")[0] for name in outcome.results} == {
+    "attack=backdoor,cleanse=",
+    "attack=backdoor,cleanse=aw",
+  }
+  assert len(outcome.results) == 4 and len(outcome.failed) == 8
+  reason = str(outcome.failed["attack=backdoor,cleanse=halting,seed=1"])
+  assert reason == (
+    "ZeroDivisionError: no neuron left (with parts of your own: defence"
+    " halting)"
+  )
+  assert "no such client" in str(
+    outcome.failed["attack=broken,cleanse=,seed=0"]
+  )
+  assert capsys.readouterr().err.count("Traceback") == 3
+  # What is not a user's own is a bug.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(experiment.Experiment, "init_state", None)
+    with pytest.raises(TypeError):
+      sweep.run(sweep.expand(base, "seed=2"), quiet=True)
+
+
 def test_an_attack_of_ones_own_may_take_the_backdoors_place(settings):
   @extensions.attack("flip")
   def flip(model, config):
