@@ -107,14 +107,17 @@ def weighted_mean() -> Aggregator:
 
 
 def left_out(clients: int, share: float) -> int:
-  """How many of the highest reports, and of the lowest, are left out.
+  """How many clients may be malicious, f.
+
+  Of so many the highest reports, and of so many the lowest, are left out.
 
   Args:
     clients: how many report.
-    share: of them, on each side, in [0, 0.5].
+    share: of them, in [0, 0.5].
 
   Returns:
-    `ceil(share · clients)`, or fewer, so that at least one remains.
+    `ceil(share · clients)`, or fewer, so that of what is left out on each side
+    at least one remains.
   """
   return min(math.ceil(share * clients - 1e-9), (clients - 1) // 2)
 
@@ -162,8 +165,9 @@ def median() -> Aggregator:
 def krum(share: float = 0.2) -> Aggregator:
   """The one update that lies nearest to most others.
 
-  It has the least sum of squared distances to its n − f − 2 nearest. Where
-  clients hold few labels each, it is one client's model, of those labels.
+  It has the least sum of squared distances to its n − f − 2 nearest, over all
+  that is sent, batch normalisation's running statistics included. Where clients
+  hold few labels each, it is one client's model, of those labels.
 
   Args:
     share: of the cohort that may be malicious, for f, see `left_out`. What is
@@ -226,9 +230,10 @@ def _krum_scores(updates: Params, malicious: int) -> Array:
 def geometric_median(steps: int = 8) -> Aggregator:
   """What has the least sum of distances to the updates.
 
-  By the smoothed Weiszfeld algorithm, from the median of each parameter. Up to
-  half of the clients cannot take it arbitrarily far, whatever they send; what
-  is not finite is left out.
+  By the smoothed Weiszfeld algorithm, from the median of each parameter.
+  Distances are over all that is sent, batch normalisation's running statistics
+  included. Less than half of the clients cannot take it arbitrarily far,
+  whatever they send; what is not finite is left out.
 
   Args:
     steps: of the algorithm.
@@ -294,7 +299,7 @@ def norm_clipping() -> Aggregator:
       own = [index for index, one in enumerate(kinds) if one == kind]
       norms = jnp.sqrt(_squared_norms([clipped[index] for index in own]))
       bound = jnp.nanmedian(jnp.where(finite, norms, jnp.nan))
-      shares = jnp.minimum(1, bound / jnp.maximum(norms, bound)) / len(norms)
+      shares = bound / jnp.maximum(norms, bound) / len(norms)
       # Where all are zero, nothing is to be scaled.
       shares = jnp.where(jnp.isfinite(shares), shares, 0)
       for index in own:
@@ -380,8 +385,8 @@ def _sorted(leaf: Array) -> Array:
   return jnp.stack(rows)
 
 
-# By name: of the share of clients that may be malicious, which only rules that
-# leave so many out look at. `extensions.aggregator` adds to them.
+# By name: of the share of clients that may be malicious, to whom that is
+# something. `extensions.aggregator` adds to them.
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
   "mean": lambda trim: mean(),
   "weighted": lambda trim: weighted_mean(),

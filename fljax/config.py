@@ -314,8 +314,10 @@ class Config:
   )
   aggregation_trim: float = _setting(
     0.2,
-    "Share of a round's clients that may be malicious: trimmed_mean leaves so"
-    " many out on each side, multi_krum so many at all.",
+    "Share of a round's clients that may be malicious, f of n: trimmed_mean"
+    " leaves f out on each side, multi_krum f at all, krum looks at the"
+    " n - f - 2 nearest, robust_learning_rate wants signs that sum up to 2f."
+    " Nothing to the others.",
     low=0,
     high=0.49,
   )
@@ -1021,14 +1023,18 @@ class Config:
   def structure(self) -> dict[str, Any]:
     """The settings that decide on its programs, and where they run.
 
-    But for what fine-tuning has of its own (`tuning`).
+    But for what fine-tuning has of its own (`tuning`). An attack of a user's
+    own is given all settings, and may make what it likes of them.
     """
     found = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.metadata["structure"]
     }
-    return {**found, "parameters": self.training_parameters}
+    found["parameters"] = self.training_parameters
+    if any(extensions.is_own("attack", name) for name in self.attack_names):
+      found["seen_by_attacks"] = repr(self.identity())
+    return found
 
 
 def alone() -> tuple[str, ...]:

@@ -304,15 +304,18 @@ def closest(config: Config, known: Iterable[Experiment]) -> Experiment | None:
   """Of other experiments the one to set a config up like.
 
   Returns:
-    The first of the same structure, else the first on the same data set, else
-    None.
+    The first of the same structure and fine-tuning (`Config.tuning`), else the
+    first of the same structure, else the first on the same data set, else None.
   """
   related = [one for one in known if _data(one.config) == _data(config)]
-  structure = config.structure()
-  for one in related:
-    if one.config.structure() == structure:
-      return one
-  return related[0] if related else None
+  structure, tuning = config.structure(), config.tuning
+
+  def shared(one: Experiment) -> tuple[bool, bool]:
+    alike = one.config.structure() == structure
+    return alike, alike and one.config.tuning == tuning
+
+  # The first of the best.
+  return max(related, key=shared, default=None)
 
 
 def _data(config: Config) -> tuple[str, str, bool]:

@@ -1,6 +1,7 @@
 """What finished runs say, as text: phases, averages over runs, CSV.
 
-A run is the contents of its results.json (`workdir.read_results`).
+A run is the contents of its results.json (`workdir.read_results`), of which the
+settings may be joined by the digests of its data.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from typing import Any
 
 from fljax import config as configs
 from fljax import console as consoles
+from fljax import workdir as workdirs
 
 Run = dict[str, Any]
 
 # Runs that differ in nothing else are of one experiment, repeated.
 REPEATED = ("seed", "victim_label", "target_label")
 _SHOWN_ONLY = ("figures",)
-_CODE = (configs.TRAINING_CODE, configs.CLEANSING_CODE)
+# What runs were made of, where it is known: too long to be shown.
+_DIGESTS = (
+  configs.TRAINING_CODE,
+  configs.CLEANSING_CODE,
+  *workdirs.DIGESTS,
+)
 
 
 def table(run: Run) -> str:
@@ -74,7 +81,7 @@ def _phases(runs: Iterable[Run]) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-  """Settings in which runs differ, and parts' code where they differ in it.
+  """Settings in which runs differ, and digests of code and data.
 
   A setting that a run is too old to have counts as its default.
   """
@@ -93,16 +100,38 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
   Returns:
     For each group its settings that other groups do not share, as in
-    "gamma=2 cleanse=fp,aw"; the only one's name is empty.
+    "gamma=2 cleanse=fp,aw"; the only one's name is empty. Digests of code and
+    data tell groups apart, too, and are numbered.
   """
   names = [name for name in differing(runs) if name not in REPEATED]
-  found: dict[str, list[Run]] = {}
+  kinds: list[tuple[list[Any], list[Run]]] = []
   for run in runs:
     settings = {**configs.Config.defaults(), **run["config"]}
-    shown = [name for name in names if name not in _CODE] or names
-    label = " ".join(f"{name}={settings.get(name)}" for name in shown)
-    found.setdefault(label, []).append(run)
+    key = [settings.get(name) for name in names]
+    for known, members in kinds:
+      if known == key:
+        members.append(run)
+        break
+    else:
+      kinds.append((key, [run]))
+  found: dict[str, list[Run]] = {}
+  for key, members in kinds:
+    label = plain = " ".join(
+      f"{name}={value}"
+      for name, value in zip(names, key, strict=True)
+      if name not in _DIGESTS
+    )
+    number = 1
+    while label in found:
+      number += 1
+      label = f"{plain} #{number}".strip()
+    found[label] = members
   return found
+
+
+def _repetition(run: Run) -> tuple[Any, ...]:
+  settings = {**configs.Config.defaults(), **run["config"]}
+  return tuple(settings.get(name) for name in REPEATED)
 
 
 def _of_phase(runs: Sequence[Run], name: str) -> list[dict[str, Any]]:
@@ -147,12 +176,26 @@ def averages(runs: Sequence[Run]) -> str:
 
   Returns:
     Several lines, TA/AA in percent; of a single group those of `summary`.
+    Groups are compared by the seeds and labels that all of them have; where
+    there are none, each by its own, which the heading says.
   """
   found = groups(runs)
   if len(found) == 1:
     return summary(runs)
   phases = _phases(runs)
-  rows = [["TA/AA %, on average", "runs", *phases]]
+  heading = "TA/AA %, on average"
+  each = [{_repetition(run) for run in members} for members in found.values()]
+  common = set.intersection(*each)
+  if common:
+    found = {
+      label: [run for run in members if _repetition(run) in common]
+      for label, members in found.items()
+    }
+  if any(one != common for one in each):
+    heading += (
+      " over what all have" if common else " over different seeds or labels"
+    )
+  rows = [[heading, "runs", *phases]]
   for label, members in found.items():
     row = [label, str(len(members))]
     for name in phases:
@@ -177,7 +220,7 @@ def compared(runs: dict[str, Run]) -> str:
 
   Returns:
     Several lines; TA/AA in percent. Without averages where there is but one
-    run of each kind.
+    run of each group.
   """
   phases = _phases(runs.values())
   rows = [["TA/AA %", *phases]]
@@ -189,7 +232,7 @@ def compared(runs: dict[str, Run]) -> str:
     }
     rows.append([experiment, *(cells.get(name, "") for name in phases)])
   every = list(runs.values())
-  if 1 < len(groups(every)) == len(every):
+  if len(groups(every)) == len(every):
     return _grid(rows)
   return "\n".join([_grid(rows), "", averages(every)])
 

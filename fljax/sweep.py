@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import math
 import os
+import resource
 import time
 import traceback
 from typing import Any
@@ -50,6 +51,8 @@ Config = configs.Config
 
 PAIRS = "pairs"
 _PAIR = ("victim_label", "target_label")
+# Of a folder's name, in bytes, on common file systems.
+_LONGEST = 255
 _NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 # What of the attack means nothing before it begins (--attack_start). The
 # victim label is not among it: attackers are dealt images of that label, and
@@ -110,12 +113,22 @@ def expand(config: Config, text: str) -> dict[str, Config]:
       raise errors.ConfigError(f"--sweep={text} has {key} twice.")
     axes[key] = [_choice(text, key, value) for value in values.split(",")]
     names = [name for name, _ in axes[key]]
-    for name in names:
-      if names.count(name) > 1:
+    meant = [repr(settings) for _, settings in axes[key]]
+    for index, name in enumerate(names):
+      if meant.count(meant[index]) > 1:
         raise errors.ConfigError(f"--sweep={text} has {name} twice.")
+      if names.count(name) > 1:
+        raise errors.ConfigError(
+          f"--sweep={text} has two values for which a folder would be called"
+          f" {name}."
+        )
   found = {}
   for choices in itertools.product(*axes.values()):
     name = ",".join(part for part, _ in choices)
+    if len(os.fsencode(name)) > _LONGEST:
+      raise errors.ConfigError(
+        f"--sweep={text}: {name} is too long for a folder's name."
+      )
     changes: dict[str, Any] = {"workdir": os.path.join(config.workdir, name)}
     for _, settings in choices:
       changes.update(settings)
@@ -139,7 +152,8 @@ def _choice(text: str, key: str, value: str) -> tuple[str, dict[str, Any]]:
   kind = _type(text, key)
   if key in configs.LISTS:
     # Their own commas would part the values of the sweep.
-    return f"{key}={value}", {key: value.replace("+", ",")}
+    parts = [part.strip() for part in value.split("+")]
+    return _safe(f"{key}={'+'.join(parts)}"), {key: ",".join(parts)}
   try:
     converted = configs.value_of(key, value)
   except ValueError:
@@ -147,10 +161,15 @@ def _choice(text: str, key: str, value: str) -> tuple[str, dict[str, Any]]:
       f"--sweep={text}: {value!r} is no value of {key}; it must be"
       f" {_NAMES.get(kind, kind.__name__)}."
     ) from None
-  shown = f"{converted:g}" if kind is float else str(converted)
-  if key in configs.PATHS:
-    shown = shown.replace(os.sep, "-").strip("-")
-  return f"{key}={shown}", {key: converted}
+  shown = str(converted)
+  if kind is float and float(f"{converted:g}") == converted:
+    shown = f"{converted:g}"
+  return _safe(f"{key}={shown}"), {key: converted}
+
+
+def _safe(name: str) -> str:
+  """Without what parts folders: one folder's name."""
+  return name.replace("=/", "=").replace(os.sep, "-")
 
 
 # --- training as one program -------------------------------------------------
@@ -574,6 +593,7 @@ def run(
     if stop is None:
       stop = stack.enter_context(driving.Stop.on_signals())
     folders: dict[str, workdirs.Workdir | workdirs.Shared] = {}
+    _allow_files(len(sweep))
     for name, config in sweep.items():
       folders[name] = workdirs.open_for_all(
         config.workdir, config.identity(), config.defaults()
@@ -582,17 +602,20 @@ def run(
     drivers = _drivers(sweep, folders, results, stop, quiet=quiet)
     if complete := len(results):
       console.say(f"{complete} of {len(sweep)} experiments are complete.")
-    sources = _sources(sweep, drivers)
+    sources = _sources(sweep, drivers, folders)
     if sources:
       console.say(f"{len(sources)} take over the trained model of another one")
     kinds = _kinds(sweep, drivers, sources)
     if len(kinds) > 1:
       console.say(f"they are of {len(kinds)} kinds, one after the other")
-    for index, names in enumerate(kinds, start=1):
+    finished = 0
+    for names in kinds:
       own = {name: drivers[name] for name in names if name not in sources}
-      with _keeping_to([sweep[name] for name in own], console) as raised:
+      open_ = [name for name in own if not drivers[name].trained]
+      with _keeping_to([sweep[name] for name in open_], console) as raised:
         _train_together(own, failed, console, stop, over=over, path=path)
-      failed |= dict.fromkeys(own, raised[0]) if raised else {}
+      for name in open_ if raised else ():
+        failed.setdefault(name, raised[0])
       for name in names:
         driver, source = drivers[name], sources.get(name)
         if source in failed and not drivers[source].trained:
@@ -611,11 +634,22 @@ def run(
         # No more than one experiment's images are on the device.
         driver.experiment = _to_host(driver.experiment)
         driver.state = None
-      if index % programs.FORGET_EVERY == 0:
-        jax.clear_caches()
+        finished += 1
+        if finished % programs.FORGET_EVERY == 0:
+          jax.clear_caches()
   return Outcome(
     {name: results[name] for name in sweep if name in results}, failed
   )
+
+
+def _allow_files(folders: int) -> None:
+  """Each folder is kept by an open file; often a process may have but 1,024."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = soft + folders
+  if hard != resource.RLIM_INFINITY:
+    wanted = min(wanted, hard)
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, soft), hard))
 
 
 @contextlib.contextmanager
@@ -642,17 +676,29 @@ def _keeping_to(
   except errors.FljaxError:
     raise
   except Exception as error:
-    codes = [code for one in which for code in one.code.values()]
-    if not any(codes):
+    mistake = _mistake(which, error)
+    # Other processes would wait for this one, or go on without it.
+    if mistake is None or jax.process_count() > 1:
       raise
-    own = ", ".join(dict.fromkeys(part for code in codes for part in code))
     console.say(traceback.format_exc().rstrip())
-    raised.append(
-      errors.ConfigError(
-        f"{type(error).__name__}: {errors.first_line(error)} (with parts of"
-        f" your own: {own})"
-      )
+    raised.append(mistake)
+
+
+def _mistake(
+  which: Iterable[Config], error: Exception
+) -> errors.ConfigError | None:
+  """What was raised, for the user, if parts of their own take part."""
+  own = ", ".join(
+    dict.fromkeys(
+      part for one in which for code in one.code.values() for part in code
     )
+  )
+  if not own:
+    return None
+  return errors.ConfigError(
+    f"{type(error).__name__}: {errors.first_line(error)} (with parts of your"
+    f" own: {own})"
+  )
 
 
 def _kinds(
@@ -672,7 +718,9 @@ def _kinds(
 
 
 def _sources(
-  sweep: dict[str, Config], drivers: dict[str, driving.Driver]
+  sweep: dict[str, Config],
+  drivers: dict[str, driving.Driver],
+  folders: dict[str, workdirs.Workdir | workdirs.Shared],
 ) -> dict[str, str]:
   """Whose trained model an experiment takes over, by name.
 
@@ -681,18 +729,20 @@ def _sources(
 
   def rounds_done(name: str) -> float:
     driver = drivers.get(name)
-    if driver is None or driver.trained:
-      return math.inf
-    return int(driver.state.round)
+    if driver is None:
+      # Complete; its checkpoints may be gone.
+      return math.inf if folders[name].has_model() else -1
+    return math.inf if driver.trained else int(driver.state.round)
 
   groups: dict[str, list[str]] = {}
   for name, config in sweep.items():
     groups.setdefault(repr(config.training()), []).append(name)
   found = {}
   for names in groups.values():
-    source = max(names, key=rounds_done)
+    farthest = {name: rounds_done(name) for name in names}
+    source = max(names, key=farthest.__getitem__)
     for name in names:
-      if name != source and rounds_done(name) < math.inf:
+      if name != source and 0 <= farthest[name] < math.inf:
         found[name] = source
   return found
 
@@ -708,7 +758,8 @@ def _drivers(
   """Sets up what is not complete yet; adds what is to the results.
 
   A data set is loaded once, and only the first experiment of a structure makes
-  programs. Nothing is begun before all of them are known good.
+  programs. Nothing is begun before all of them are known good; what is wrong
+  with one names it.
   """
   known: dict[str, experiments.Experiment] = {}
   ready = {}
@@ -721,10 +772,16 @@ def _drivers(
       experiment = experiments.setup(
         config, like=experiments.closest(config, known.values())
       )
-    except errors.ConfigError as error:
-      raise errors.ConfigError(f"{name}: {error}") from error
-    known.setdefault(repr(config.structure()), experiment)
+    except errors.FljaxError as error:
+      raise type(error)(f"{name}: {error}") from error
+    except Exception as error:
+      mistake = _mistake([config], error)
+      if mistake is None:
+        raise
+      consoles.Console(quiet=quiet).say(traceback.format_exc().rstrip())
+      raise errors.ConfigError(f"{name}: {mistake}") from error
     ready[name] = _to_host(experiment)
+    known.setdefault(repr((config.structure(), config.tuning)), ready[name])
   # Each data set is looked at once.
   digests = {_data(one.config): one.digests for one in ready.values()}
   complete: dict[tuple[str, str], list[str]] = {}
@@ -744,8 +801,11 @@ def _drivers(
       consoles.Console(quiet=quiet, prefix=f"{name} "),
       stop,
     )
-  for driver in drivers.values():
-    driver.check()
+  for name, driver in drivers.items():
+    try:
+      driver.check()
+    except errors.WorkdirError as error:
+      raise errors.WorkdirError(f"{name}: {error}") from error
   for driver in drivers.values():
     driver.claim()
   for driver in drivers.values():
@@ -800,6 +860,9 @@ def _train_together(
       diverged = _train(training, console, stop, over=over, path=path)
     except _DoesNotFitError as error:
       why = str(error)
+    except NotImplementedError as error:
+      # A part of a user's own that has no batched form.
+      why = errors.first_line(error)
     else:
       for index, reason in diverged.items():
         console.say(f"{names[index]}: {reason}")

@@ -150,7 +150,8 @@ class Workdir:
       if there != identity:
         raise errors.WorkdirError(
           f"{self.path} holds a run of another config"
-          f" ({_differences(there, identity)}); choose another --workdir."
+          f" ({_differences(there, identity)}); choose another --workdir, or"
+          " delete it."
         )
       return
     strangers = [name for name in _OWN if (self.path / name).exists()]
@@ -229,7 +230,7 @@ class Workdir:
         if isinstance(progress, errors.CheckpointError):
           # It may be another one, which that run passed over.
           damage = damage or progress
-        elif progress.complete and len(progress.phases) == 1:
+        elif _is_trained(progress):
           return run, path, progress
     raise damage or errors.WorkdirError(
       f"the run in --trained_in={fitting[0] if fitting != [source] else other}"
@@ -238,12 +239,15 @@ class Workdir:
 
   def close(self) -> None:
     """Releases the folder."""
+    self._close_metrics()
+    self._lock.close()
+
+  def _close_metrics(self) -> None:
     if self._metrics is not None:
       # Everything that matters was flushed line by line.
       with contextlib.suppress(OSError):
         self._metrics.close()
       self._metrics = None
-    self._lock.close()
 
   def __enter__(self) -> Workdir:
     return self
@@ -320,10 +324,18 @@ class Workdir:
     return jax.tree.unflatten(structure, leaves), seconds
 
   def forget(self) -> None:
-    """Removes what was kept."""
+    """Removes what was kept, and opens nothing until there is more to log."""
     path = self.path / KEPT
     with self.writing(path):
       path.unlink(missing_ok=True)
+    self._close_metrics()
+
+  def has_model(self) -> bool:
+    """Whether the folder holds a trained model that `adopt` could take."""
+    return any(
+      isinstance(progress, Progress) and _is_trained(progress)
+      for _, progress in _records(self.path)
+    )
 
   def results(self) -> dict[str, Any] | None:
     """The results of a finished run, or None."""
@@ -566,6 +578,10 @@ class Shared:
     """See `Workdir.kept`."""
     return self._from_first(like, lambda: self._own.kept(key, like))
 
+  def has_model(self) -> bool:
+    """See `Workdir.has_model`."""
+    return bool(parallel.on_first(lambda: self._own.has_model()))
+
   def forget(self) -> None:
     """See `Workdir.forget`."""
     parallel.on_first(lambda: self._own.forget())
@@ -676,6 +692,10 @@ def _records(
       yield path, read_progress(path)
     except errors.CheckpointError as error:
       yield path, error
+
+
+def _is_trained(progress: Progress) -> bool:
+  return progress.complete and len(progress.phases) == 1
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Runs that differ in seed and labels alone are averaged; others are compared.
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import os
 from pathlib import Path
 import sys
@@ -29,12 +30,14 @@ def found_in(folders: Sequence[str]) -> dict[str, summary.Run]:
   # As in "runs/sweep/seed=0": once each, however it was named.
   parents = list(dict.fromkeys(path.parent.absolute() for path in paths))
   common = os.path.commonpath([parent.parent for parent in parents])
-  return {
-    os.path.relpath(parent, common): workdir.read_results(
-      parent / workdir.RESULTS
-    )
-    for parent in parents
-  }
+  found = {}
+  for parent in parents:
+    run = workdir.read_results(parent / workdir.RESULTS)
+    with contextlib.suppress(errors.WorkdirError):
+      # Of results that were copied alone, nobody knows the data.
+      run["config"] |= workdir.read_settings(parent)[1]
+    found[os.path.relpath(parent, common)] = run
+  return found
 
 
 def main(arguments: Sequence[str]) -> int:

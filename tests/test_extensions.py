@@ -355,6 +355,76 @@ def test_parameters_are_swept_and_a_defences_make_no_other_training(
   assert pruned[0] and not pruned[1]
 
 
+def test_an_attack_of_ones_own_sees_its_own_settings_in_a_sweep(settings):
+  @extensions.attack("aim")
+  def aim(model, config):
+    del model
+
+    def updates(updates, clients, active):
+      del clients, active
+      wanted = 0.01 * (1 + config.target_label)
+      return jax.tree.map(lambda leaf: jnp.full_like(leaf, wanted), updates)
+
+    return attacks.Attack(updates=updates)
+
+  base = configs.Config(
+    **{**settings, "attack": "aim", "rounds": 1, "cleanse": ""}
+  )
+  found = sweep.expand(base, "pairs=3:0,3:2")
+  sweep.run(found, quiet=True)
+  moved = []
+  for config in found.values():
+    made, state = experiment.load(config.workdir)
+    before = made.init_state().params
+    leaves = jax.tree.leaves(
+      jax.tree.map(lambda new, old: new - old, state.params, before)
+    )
+    moved.append(float(leaves[0].mean()))
+  assert moved[1] == pytest.approx(3 * moved[0], rel=1e-3) and moved[0] > 0
+
+
+def test_what_has_no_batched_form_runs_one_after_another(settings, capsys):
+  @extensions.aggregator("called")
+  def called(trim):
+    del trim
+
+    def update(updates, weights, state):
+      del weights
+
+      def mean(leaf):
+        shape = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return jax.pure_callback(lambda x: x.mean(axis=0), shape, leaf)
+
+      return jax.tree.map(mean, updates), state
+
+    return aggregators.Aggregator(init=lambda params: (), update=update)
+
+  base = configs.Config(
+    **{**settings, "aggregation": "called", "rounds": 1, "cleanse": ""}
+  )
+  outcome = sweep.run(sweep.expand(base, "seed=0,1"), over="vmap")
+  assert len(outcome.results) == 2 and not outcome.failed
+  assert "run one after another: " in capsys.readouterr().err
+
+
+def test_a_mistake_before_anything_begins_names_the_experiment(settings):
+  @extensions.attack("wrong")
+  def wrong(model, config):
+    del model, config
+
+    def data(federation, key):
+      raise KeyError("images")
+
+    return attacks.Attack(data=data)
+
+  found = sweep.expand(configs.Config(**settings), "attack=backdoor,wrong")
+  with pytest.raises(
+    errors.ConfigError, match=r"^attack=wrong: KeyError: 'images' \(with parts"
+  ):
+    sweep.run(found, quiet=True)
+  assert not [*Path(settings["workdir"]).glob("*/config.json")]
+
+
 def test_a_mistake_in_a_part_does_not_stop_the_others(settings, capsys):
   @extensions.attack("broken")
   def broken(model, config):
@@ -387,7 +457,7 @@ def test_a_mistake_in_a_part_does_not_stop_the_others(settings, capsys):
   assert "no such client" in str(
     outcome.failed["attack=broken,cleanse=,seed=0"]
   )
-  assert capsys.readouterr().err.count("Traceback") == 3
+  assert capsys.readouterr().err.count("Traceback") == 4
   # What is not a user's own is a bug.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(experiment.Experiment, "init_state", None)
@@ -623,7 +693,9 @@ def test_what_is_typed_in_has_no_file():
 
 def test_a_bounded_update_is_no_longer_than_its_bound():
   extensions.load(str(EXAMPLE))
-  rows = {"w": jnp.asarray(np.eye(4), jnp.float32) * jnp.asarray([1, 2, 3, 9])}
+  rows = {
+    "w": jnp.asarray(np.eye(4), jnp.float32) * jnp.asarray([1.0, 2, 3, 9])
+  }
 
   def after(**parameters):
     rule = aggregators.build("bounded", trim=0.2, **parameters)

@@ -26,8 +26,10 @@ def _results(accuracy, success, **changes):
   }
 
 
-def _write(folder, results):
+def _write(folder, results, data="same"):
   folder.mkdir(parents=True)
+  settings = {**results["config"], workdirs.DATA_SHA256: data}
+  (folder / workdirs.CONFIG).write_text(json.dumps(settings))
   (folder / workdirs.RESULTS).write_text(json.dumps(results))
   return str(folder)
 
@@ -98,13 +100,41 @@ def test_what_differs_in_more_is_compared_by_what_it_differs_in():
   # One of each is no average.
   alone = {name: run for name, run in runs.items() if run["seed"] == 0}
   assert len(summary.compared(alone).splitlines()) == 2 + len(alone)
+  assert len(summary.compared({"one": every[0]}).splitlines()) == 3
 
 
-def test_other_code_of_a_part_is_another_group():
-  runs = [_results(0.9, 0.0), _results(0.8, 0.0)]
-  for run, code in zip(runs, "ab", strict=True):
-    run["config"][configs.TRAINING_CODE] = {"network toy": code}
-  assert len(summary.groups(runs)) == 2
+@pytest.mark.parametrize("known", [configs.TRAINING_CODE, "data_sha256"])
+def test_other_code_or_data_is_another_group(known):
+  runs = [
+    _results(0.9, 0.0),
+    _results(0.8, 0.0),
+    _results(0.8, 0.0, seed=1),
+    _results(0.7, 0.0, cleanse="aw"),
+  ]
+  for run, code in zip(runs, "abba", strict=True):
+    run["config"][known] = {"network toy": code}
+  found = summary.groups(runs)
+  assert {name: len(members) for name, members in found.items()} == {
+    "cleanse=fp,ft,aw": 1,
+    "cleanse=fp,ft,aw #2": 2,
+    "cleanse=aw": 1,
+  }
+  assert [*summary.groups(runs[:3])] == ["", "#2"]
+
+
+def test_groups_are_compared_by_what_all_of_them_have():
+  runs = [
+    _results(0.9, 0.0),
+    _results(0.3, 0.0, seed=1),
+    _results(0.9, 0.0, aggregation="median"),
+  ]
+  heading, _, mean, median = summary.averages(runs).splitlines()
+  assert "over what all have" in heading
+  assert mean.split()[1:3] == ["1", "90.0/0.0"] == median.split()[1:3]
+  runs[2]["config"]["seed"] = 2
+  heading, _, mean, _ = summary.averages(runs).splitlines()
+  assert "over different seeds or labels" in heading
+  assert mean.split()[1:3] == ["2", "60.0/0.0"]
 
 
 def test_a_sweeps_folder_is_its_finished_runs(tmp_path):
@@ -126,7 +156,7 @@ def test_a_sweeps_folder_is_its_finished_runs(tmp_path):
     "alone",
   ]
   assert lines[-2:] == [
-    ["gamma=1.0", "3", *["58.3/10.0"] * 3],
+    ["gamma=1.0", "2", *["62.5/10.0"] * 3],
     ["gamma=2.0", "2", *["62.5/20.0"] * 3],
   ]
   with open(out, encoding="utf-8", newline="") as file:
@@ -143,6 +173,16 @@ def test_a_sweeps_folder_is_its_finished_runs(tmp_path):
     "attack_success": "0.2",
     "seconds": "2.0",
   }
+
+
+def test_runs_of_other_data_are_not_averaged_with(tmp_path):
+  for seed, data in enumerate("aab"):
+    _write(tmp_path / str(seed), _results(0.5, 0.1, seed=seed), data)
+  done = _summarise(tmp_path)
+  assert "over different seeds or labels" in done.stdout
+  assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == (
+    ["2", "#2"]
+  )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 
 from conftest import make_images
@@ -134,6 +135,14 @@ def test_every_combination_has_a_folder_of_its_own():
   assert [one.avoided_neurons for one in found.values()] == [(3, 17), (), (4,)]
 
 
+def test_a_folder_is_called_by_all_digits_that_a_number_needs():
+  text = "learning_rate=0.1000001,0.1000002,0.3"
+  assert [*sweep.expand(configs.Config(workdir="runs"), text)] == [
+    *("learning_rate=0.1000001", "learning_rate=0.1000002"),
+    "learning_rate=0.3",
+  ]
+
+
 def test_switches_and_paths_can_be_swept():
   text = "attackers_hold_target=true,False;dataset=mnist,/a/b.npz,c/b.npz"
   found = sweep.expand(configs.Config(workdir="runs"), text)
@@ -177,6 +186,9 @@ def test_switches_and_paths_can_be_swept():
     ("workdir=a,b", "workdir cannot be swept; it changes no result"),
     ("attack=backdoor+charm", "unknown --attack 'charm'"),
     ("model=tiny,huge", "unknown --model=huge"),
+    ("cleanse=fp+aw,fp + aw", "has cleanse=fp+aw twice"),
+    ("dataset=/a/b.npz,a/b.npz", "a folder would be called dataset=a-b.npz"),
+    (f"dataset={250 * 'a'}.npz", "is too long for a folder's name"),
   ],
 )
 def test_a_bad_sweep_is_refused_in_one_sentence(text, message):
@@ -321,7 +333,7 @@ def test_what_differs_in_cleansing_alone_is_trained_once(
     assert one == two
 
 
-def test_other_networks_rules_and_data_leave_what_single_runs_leave(
+def test_other_rules_and_data_leave_what_single_runs_leave(
   folder, monkeypatch, capsys
 ):
   images, labels = make_images(300)
@@ -335,8 +347,14 @@ def test_other_networks_rules_and_data_leave_what_single_runs_leave(
     return load(*arguments, **options)
 
   monkeypatch.setattr(experiment.data, "load", loading)
-  monkeypatch.setattr(programs, "FORGET_EVERY", 2)
-  monkeypatch.setattr(jax, "clear_caches", lambda: forgotten.append(1))
+  clear = jax.clear_caches
+
+  def clearing():
+    forgotten.append(1)
+    clear()
+
+  monkeypatch.setattr(programs, "FORGET_EVERY", 9)
+  monkeypatch.setattr(jax, "clear_caches", clearing)
   config = _config(folder, "kinds", rounds=2, cleanse="fp")
   text = (
     "aggregation=mean,median;seed=0,1;cleanse=fp,aw;"
@@ -351,7 +369,7 @@ def test_other_networks_rules_and_data_leave_what_single_runs_leave(
   assert "they are of 4 kinds, one after the other" in said
   assert said.count("2 experiments are trained as one program") == 4
   assert sorted(loads) == sorted([config.dataset, str(other)])
-  assert len(forgotten) == 2
+  assert len(forgotten) == 1
   monkeypatch.undo()
   text = summary.compared(outcome.results)
   assert "aggregation=median cleanse=aw" in text
@@ -368,6 +386,20 @@ def test_other_networks_rules_and_data_leave_what_single_runs_leave(
         phase.pop("seconds")
         phase.pop("taken_from", None)
       assert ours == theirs
+
+
+def test_a_finished_run_without_its_model_is_no_source(folder):
+  config = _config(folder, "no model", rounds=1)
+  sweep.run(sweep.expand(config, "cleanse=,fp"), quiet=True)
+  for gone in Path(config.workdir).glob("*/checkpoints"):
+    shutil.rmtree(gone)
+  more = sweep.run(sweep.expand(config, "cleanse=,fp,aw"), quiet=True)
+  assert [*more.results] == ["cleanse=", "cleanse=fp", "cleanse=aw"]
+  ours, theirs = (
+    more.results[name]["phases"][0] for name in ("cleanse=aw", "cleanse=")
+  )
+  assert ours["test_accuracy"] == theirs["test_accuracy"]
+  assert "taken_from" not in ours
 
 
 def test_a_model_that_diverges_is_nobodys(folder):
@@ -589,7 +621,7 @@ def test_a_trained_model_that_fits_one_of_them_begins_none(folder):
   trained = _config(folder, "trained", rounds=1)
   experiment.run(trained, quiet=True)
   taking = _config(folder, "taking", rounds=1, trained_in=trained.workdir)
-  with pytest.raises(errors.WorkdirError, match="seed: 0 there, 1 here"):
+  with pytest.raises(errors.WorkdirError, match=r"^seed=1: .*seed: 0 there, 1"):
     sweep.run(sweep.expand(taking, "seed=0,1"), quiet=True)
   left = [path for path in Path(taking.workdir).rglob("*") if path.is_file()]
   # The folders are free for the same command, mended.

@@ -217,6 +217,9 @@ class Store:
       except errors.DataError:
         continue
       for name, error in outcome.failed.items():
+        if not isinstance(error, errors.DivergedError):
+          # Whatever else it is, `run` will meet it.
+          continue
         with workdirs.Workdir(
           group[name].workdir, group[name].identity(), Config.defaults()
         ) as workdir:
