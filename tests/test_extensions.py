@@ -693,9 +693,7 @@ def test_what_is_typed_in_has_no_file():
 
 def test_a_bounded_update_is_no_longer_than_its_bound():
   extensions.load(str(EXAMPLE))
-  rows = {
-    "w": jnp.asarray(np.eye(4), jnp.float32) * jnp.asarray([1.0, 2, 3, 9])
-  }
+  rows = {"w": jnp.diag(jnp.asarray([1.0, 2.0, 3.0, 9.0]))}
 
   def after(**parameters):
     rule = aggregators.build("bounded", trim=0.2, **parameters)
