@@ -106,6 +106,23 @@ def test_a_minority_cannot_leave_the_range_of_the_others(
     assert (leaf <= honest.max(axis=0) + 1e-6).all()
 
 
+@pytest.mark.parametrize("clients, shape", [(17, (9000,)), (65, (3, 1000))])
+def test_many_clients_are_sorted_block_by_block(clients, shape):
+  """More columns than fit into one block, and no multiple of its width."""
+  leaf = np.random.default_rng(clients).normal(size=(clients, *shape))
+  leaf = leaf.astype(np.float32)
+  leaf[:3] = np.array([np.inf, -np.inf, np.nan])[:, *(None,) * len(shape)]
+  found, _ = aggregators.trimmed_mean(0.2).update(
+    {"w": jnp.asarray(leaf)}, jnp.ones(clients), ()
+  )
+  leaf[2] = np.inf
+  out = aggregators.left_out(clients, 0.2)
+  middle = np.sort(leaf, axis=0)[out : clients - out]
+  np.testing.assert_allclose(
+    found["w"], middle.mean(axis=0), rtol=1e-5, atol=1e-6
+  )
+
+
 def _rows(updates):
   return np.concatenate(
     [
