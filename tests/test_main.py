@@ -80,7 +80,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
     (["--gamma=0.5"], "--gamma=0.5 is out of range"),
     (["--samples_per_client=9000"], "is more than exist"),
     (["--rounds=many"], "rounds"),
-    (["--sweep=rounds=1,2"], "rounds cannot be swept"),
+    (["--sweep=figures=true"], "figures cannot be swept"),
     (["--no_such_flag"], "no_such_flag"),
     (["surplus"], "unexpected argument 'surplus'"),
   ],
