@@ -47,13 +47,17 @@ def table(run: Run) -> str:
     ]
     for phase in run["phases"]
   ]
+  return _grid(rows, ragged=True)
+
+
+def _grid(rows: Sequence[Sequence[str]], *, ragged: bool = False) -> str:
+  """Columns side by side under a ruled header, the first to the left.
+
+  So is the last if it is ragged, such as text.
+  """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  # The last column's text is ragged.
-  return _lines(rows, [*widths[:-1], 0])
-
-
-def _lines(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
-  """Columns side by side, the first to the left, under a ruled header."""
+  if ragged:
+    widths[-1] = 0
   lines = [
     "  ".join(
       [row[0].ljust(widths[0])]
@@ -65,11 +69,6 @@ def _lines(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
   return "\n".join(lines)
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return _lines(rows, widths)
-
-
 def _phases(runs: Iterable[Run]) -> list[str]:
   """Names of the phases that any of them has, in order."""
   return list(
@@ -77,15 +76,21 @@ def _phases(runs: Iterable[Run]) -> list[str]:
   )
 
 
+def _cell(accuracy: float | None, success: float | None) -> str:
+  return f"{consoles.percent(accuracy)}/{consoles.percent(success)}"
+
+
+def _settings(run: Run) -> dict[str, Any]:
+  """What a run is too old to have is as by default."""
+  return {**configs.Config.defaults(), **run["config"]}
+
+
 # --- averages ----------------------------------------------------------------
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-  """Settings in which runs differ, and digests of code and data.
-
-  A setting that a run is too old to have counts as its default.
-  """
-  settings = [{**configs.Config.defaults(), **run["config"]} for run in runs]
+  """Settings in which runs differ, and digests of code and data."""
+  settings = [_settings(run) for run in runs]
   names = dict.fromkeys(name for one in settings for name in one)
   return [
     name
@@ -106,7 +111,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
   names = [name for name in differing(runs) if name not in REPEATED]
   kinds: list[tuple[list[Any], list[Run]]] = []
   for run in runs:
-    settings = {**configs.Config.defaults(), **run["config"]}
+    settings = _settings(run)
     key = [settings.get(name) for name in names]
     for known, members in kinds:
       if known == key:
@@ -130,7 +135,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _repetition(run: Run) -> tuple[Any, ...]:
-  settings = {**configs.Config.defaults(), **run["config"]}
+  settings = _settings(run)
   return tuple(settings.get(name) for name in REPEATED)
 
 
@@ -207,7 +212,7 @@ def averages(runs: Sequence[Run]) -> str:
           _values(of_phase, "attack_success"),
         )
       ]
-      row.append("/".join(map(consoles.percent, means)) if of_phase else "")
+      row.append(_cell(*means) if of_phase else "")
     rows.append(row)
   return _grid(rows)
 
@@ -226,8 +231,7 @@ def compared(runs: dict[str, Run]) -> str:
   rows = [["TA/AA %", *phases]]
   for experiment, run in runs.items():
     cells = {
-      phase["name"]: f"{consoles.percent(phase['test_accuracy'])}/"
-      f"{consoles.percent(phase['attack_success'])}"
+      phase["name"]: _cell(phase["test_accuracy"], phase["attack_success"])
       for phase in run["phases"]
     }
     rows.append([experiment, *(cells.get(name, "") for name in phases)])
@@ -257,7 +261,7 @@ def as_csv(runs: dict[str, Run]) -> str:
   writer = csv.writer(file, lineterminator="\n")
   writer.writerow(["run", *REPEATED, *names, "phase", *measured])
   for name, run in runs.items():
-    settings = {**configs.Config.defaults(), **run["config"]}
+    settings = _settings(run)
     for phase in run["phases"]:
       writer.writerow(
         [

@@ -17,6 +17,8 @@ at one place instead, where this finds them; who limits that too escapes again.
 Where the server has no images, all but that goes by accuracies that clients
 report. On what they train on, these are not those of other images; clients may
 keep some out of their training for it.
+
+Or the server keeps the backdoor out of training, by another rule than the mean.
 """
 
 from __future__ import annotations
