@@ -1,10 +1,10 @@
-"""What malicious clients do: six pure hooks, identity by default.
+"""What malicious clients do: seven pure hooks, identity by default.
 
 On the data before training, on an attacker's loss in each local step, on its
-model before the first and after each, on the stacked updates of a round, and
-on the reports that clients send to the defence. An attack never sees a
-defence's inside, but may measure weights as one does (`cleanse.weights`); no
-aggregator or defence imports this module.
+model before the first and after each, on the stacked updates of a round, on
+what is remembered of them in the next, and on the reports that clients send to
+the defence. An attack never sees a defence's inside, but may measure weights as
+one does (`cleanse.weights`); no aggregator or defence imports this module.
 """
 
 from __future__ import annotations
@@ -94,16 +94,37 @@ class StartHook(Protocol):
 class LocalHook(Protocol):
   """Changes an attacker's model after each of its local steps."""
 
-  def __call__(self, params: Params, start: Params, /) -> Params:
+  def __call__(self, params: Params, start: Params, /, *memory: Any) -> Params:
     """Changes the model.
 
     Args:
       params: the local model; running statistics of batch normalisation are
         leaves of it, too.
       start: the global model that the round began with.
+      *memory: of an attack that remembers, and of no other, what `remember`
+        returned.
 
     Returns:
       The one that training goes on from.
+    """
+
+
+class RememberHook(Protocol):
+  """Keeps what attackers know of a round for the next one."""
+
+  def __call__(self, benign: Params) -> Any:
+    """Of what benign clients sent, what is kept.
+
+    Attackers know the global model before and after a round, and what they
+    sent themselves.
+
+    Args:
+      benign: the mean update of a round's clients that did not attack, each
+        weighed as the server does if its rule is a weighted sum; zeros before
+        the first round, and where all attack.
+
+    Returns:
+      A pytree of arrays, always of the same shapes.
     """
 
 
@@ -177,12 +198,13 @@ def _same_report(
 
 
 class Attack(NamedTuple):
-  """The six hooks.
+  """The seven hooks.
 
   None of them applies itself. `data` is called once, by whoever makes the
   federation; `loss`, `local` and `start` go into local training,
   `local.sgd_training(..., **attack.in_steps)`; `rounds.make_round` takes
-  `updates`; and `report` is called by whoever asks clients.
+  `updates` and `remember`, and `rounds.init_state` the attack, for what is
+  remembered first; `report` is called by whoever asks clients.
 
   Attributes:
     data: see `DataHook`.
@@ -191,6 +213,7 @@ class Attack(NamedTuple):
     local: see `LocalHook`; None changes nothing.
     start: see `StartHook`; None changes nothing.
     loss: see `LossHook`; None adds nothing.
+    remember: see `RememberHook`; None remembers nothing.
     rowwise: whether `updates` changes each client's update by itself, so that
       it may see the cohort in parts. An attack whose clients need each
       other's updates says False, and gets the whole cohort at once.
@@ -201,9 +224,11 @@ class Attack(NamedTuple):
   data: DataHook = _same_data
   updates: UpdateHook = _same_updates
   report: ReportHook = _same_report
-  local: LocalHook | None = None
+  # A `LocalHook`; without memory it may as well take two arguments.
+  local: Callable[..., Params] | None = None
   start: StartHook | None = None
   loss: LossHook | None = None
+  remember: RememberHook | None = None
   rowwise: bool = True
   wants_triggered: bool = False
 
@@ -220,20 +245,6 @@ class Attack(NamedTuple):
 def _attackers(federation: Federation) -> Array:
   """Which clients are: bool [clients], without padding."""
   return federation.attacker[: federation.num_clients]
-
-
-def _one_after_another(
-  hooks: list[Callable[..., Params] | None],
-) -> Callable[..., Params] | None:
-  """The hooks that there are as one; what follows the model is for all."""
-  present = [hook for hook in hooks if hook is not None]
-
-  def together(params: Params, *beside: Params) -> Params:
-    for hook in present:
-      params = hook(params, *beside)
-    return params
-
-  return together if present else None
 
 
 def chain(*attacks: Attack) -> Attack:
@@ -260,6 +271,32 @@ def chain(*attacks: Attack) -> Attack:
       values = attack.report(values, federation, kind=kind, triggered=triggered)
     return values
 
+  starts = [attack.start for attack in attacks if attack.start is not None]
+
+  def start(params: Params) -> Params:
+    for change in starts:
+      params = change(params)
+    return params
+
+  remembers = any(attack.remember is not None for attack in attacks)
+
+  def remember(benign: Params) -> tuple[Any, ...]:
+    return tuple(
+      None if attack.remember is None else attack.remember(benign)
+      for attack in attacks
+    )
+
+  def local(
+    params: Params, start: Params, memories: tuple[Any, ...] = ()
+  ) -> Params:
+    for attack, memory in zip(
+      attacks, memories or [None] * len(attacks), strict=True
+    ):
+      if attack.local is not None:
+        own = () if attack.remember is None else (memory,)
+        params = attack.local(params, start, *own)
+    return params
+
   terms = [attack.loss for attack in attacks if attack.loss is not None]
 
   def loss(
@@ -282,9 +319,10 @@ def chain(*attacks: Attack) -> Attack:
     data,
     updates,
     report,
-    _one_after_another([attack.local for attack in attacks]),
-    _one_after_another([attack.start for attack in attacks]),
+    local if any(attack.local is not None for attack in attacks) else None,
+    start if starts else None,
     loss if terms else None,
+    remember if remembers else None,
     rowwise=all(attack.rowwise for attack in attacks),
     wants_triggered=any(attack.wants_triggered for attack in attacks),
   )
@@ -606,6 +644,78 @@ def gain_limited(model: models.Model, times: float) -> Attack:
     )
 
   return Attack(local=local)
+
+
+def neurotoxin(share: float) -> Attack:
+  """Attackers leave alone what benign clients change most.
+
+  After each local step the parameters that the benign clients of the round
+  before changed most, on average and of all layers together, are what they
+  were in the global model. So the backdoor settles where benign updates do not
+  undo it, which is meant to outlast the attackers. Running statistics of batch
+  normalisation are neither counted nor held.
+
+  Args:
+    share: of all parameters, those that are left alone, k; in [0, 1).
+
+  Returns:
+    An attack on local training that remembers which they are; none of them in
+    the first round.
+
+  References:
+    Neurotoxin: Durable Backdoors in Federated Learning (Zhang, Panda, Song,
+    Yang, Mahoney, Gonzalez, Ramchandran, Mittal, ICML 2022), Algorithm 1, of
+    which the last global update is here what benign clients have in it: an
+    attacker that is amplified would keep away from its own backdoor.
+  """
+
+  def remember(benign: Params) -> Params:
+    counted = [
+      jnp.abs(leaf).ravel()
+      for path, leaf in jax.tree_util.tree_leaves_with_path(benign)
+      if not models.is_running_statistic(path)
+    ]
+    # What is not a number is nothing that was changed most.
+    sizes = jnp.nan_to_num(jnp.concatenate(counted).astype(jnp.float32))
+    bound = _exceeded_by(sizes, round(share * len(sizes)))
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: (
+        jnp.abs(leaf) > bound
+        if not models.is_running_statistic(path)
+        else jnp.zeros(leaf.shape, bool)
+      ),
+      benign,
+    )
+
+  def local(params: Params, start: Params, held: Params) -> Params:
+    return jax.tree.map(jnp.where, held, start, params)
+
+  return Attack(local=local, remember=remember)
+
+
+def _exceeded_by(values: Array, count: int) -> Array:
+  """The least number that no more than so many values exceed.
+
+  Args:
+    values: float32 [...], none negative.
+    count: how many.
+
+  Returns:
+    A float32 scalar, 0 or one of the values.
+  """
+  # Of floating point numbers that are not negative, the bits as an integer are
+  # in the numbers' order. Halving takes 31 passes, sorting ten times as long.
+  order = jax.lax.bitcast_convert_type(values, jnp.int32)
+
+  def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = ends
+    middle = low + (high - low) // 2
+    enough = (order > middle).sum() <= count
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  ends = jnp.int32(0), order.max()
+  _, bound = jax.lax.fori_loop(0, 31, halve, ends)
+  return jax.lax.bitcast_convert_type(bound, jnp.float32)
 
 
 # Where attackers draw stamped images to the target label's.

@@ -357,7 +357,8 @@ class Config:
   trigger: str = _setting(
     "pixel5",
     "Backdoor pattern: so many pixels in the lower right corner, the one in"
-    " the very corner, or the four pieces of the Distributed Backdoor Attack.",
+    " the very corner, the four pieces of the Distributed Backdoor Attack, or"
+    " faint noise over the whole image (blended).",
     choices=triggers.TRIGGERS,
     structure=False,
   )
@@ -426,6 +427,15 @@ class Config:
     " they do not.",
     low=0,
     high=1000,
+  )
+  attacker_neurotoxin: float = _setting(
+    0.0,
+    "Share of all parameters, those that benign clients changed most in the"
+    " round before, which attackers leave alone, so that the backdoor is not"
+    " undone where they do not attack any more (Neurotoxin, whose authors take"
+    " 0.05); 0 is none.",
+    low=0,
+    high=0.99,
   )
   attacker_latent: float = _setting(
     0.0,

@@ -100,7 +100,7 @@ class Experiment(NamedTuple):
   def init_state(self) -> rounds.ServerState:
     """The server's state before the first round."""
     key = jax.random.fold_in(jax.random.key(self.config.seed), 2)
-    state = rounds.init_state(self.model, self.aggregator, key)
+    state = rounds.init_state(self.model, self.aggregator, key, self.attack)
     return parallel.replicate(state, self.mesh)
 
   def init_tuning(self, params: models.Params) -> Any:
@@ -446,7 +446,7 @@ def _attack(config: Config, model: models.Model) -> attacks.Attack:
 
 
 def _adaptive(model: models.Model, config: Config) -> list[attacks.Attack]:
-  """The attacks that know the network and the defence."""
+  """The attacks that know the network, the defence or the others."""
   adaptive = []
   if config.avoided_neurons:
     try:
@@ -460,6 +460,8 @@ def _adaptive(model: models.Model, config: Config) -> list[attacks.Attack]:
     adaptive.append(attacks.self_limited(model, config.attacker_limit))
   if config.attacker_gain:
     adaptive.append(attacks.gain_limited(model, config.attacker_gain))
+  if config.attacker_neurotoxin:
+    adaptive.append(attacks.neurotoxin(config.attacker_neurotoxin))
   if config.attacker_latent:
     adaptive.append(
       attacks.latent_backdoor(

@@ -33,6 +33,7 @@ class LocalTraining(Protocol):
     neuron_mask: Array,
     active: Array,
     key: Array,
+    *memory: Any,
   ) -> tuple[Params, Array]:
     """Runs the client's local epochs.
 
@@ -42,6 +43,7 @@ class LocalTraining(Protocol):
       neuron_mask: bool [neurons]; pruned neurons stay at zero.
       active: bool scalar, whether the client attacks in this round.
       key: random key of this client in this round.
+      *memory: where attackers remember (`attacks.RememberHook`), what.
 
     Returns:
       The client's model and its mean training loss, a scalar.
@@ -156,9 +158,9 @@ class Steps(NamedTuple):
       [steps]. Batches may be filled up with such indices.
     begin: (params, active) -> what the first step takes up.
     step: (what was handed on, a step's indices and key, client, neuron_mask,
-      active, the model that the first step began with, which only attackers'
-      hooks look at) -> what it hands on, and (the sum of the losses of its
-      samples, how many they are), two scalars.
+      active, the model that the first step began with, and what attackers
+      remember, at which only their hooks look) -> what it hands on, and (the
+      sum of the losses of its samples, how many they are), two scalars.
   """
 
   batches: Callable[[federations.Federation, Array, Array], tuple[Array, Array]]
@@ -197,7 +199,8 @@ def sgd_steps(
     augmentation: see `augment`; a trigger is stamped after it, where it lies
       in test images too.
     attackers_hook: applied to an active attacker's model after each step, and
-      given the global model that the round began with.
+      given the global model that the round began with, and what attackers
+      remember, if they do.
     attackers_start: applied to an active attacker's model before the first.
     attackers_loss: of parameters, activations, labels, which samples are
       poisoned, which count, a key, and the global model that the round began
@@ -263,6 +266,7 @@ def sgd_steps(
     neuron_mask: Array,
     active: Array,
     start: Params | None = None,
+    *memory: Any,
   ) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
     params, opt_state = carry
     indices, step_key = batch
@@ -292,7 +296,7 @@ def sgd_steps(
     # Also undoes what the optimizer did to them: weight decay, for example.
     new = models.with_running_statistics(new, statistics)
     if attackers_hook is not None:
-      new = _where(active, attackers_hook(new, start), new)
+      new = _where(active, attackers_hook(new, start, *memory), new)
     new = models.mask_neurons(model, new, neuron_mask)
     count = mask.sum().astype(jnp.float32)
     carry = jax.tree.map(
@@ -330,10 +334,11 @@ def sgd_training(
     neuron_mask: Array,
     active: Array,
     key: Array,
+    *memory: Any,
   ) -> tuple[Params, Array]:
     (after, _), (losses, numbers) = lax.scan(
       lambda carry, batch: steps.step(
-        carry, batch, client, neuron_mask, active, params
+        carry, batch, client, neuron_mask, active, params, *memory
       ),
       steps.begin(params, active),
       steps.batches(client, active, key),

@@ -40,12 +40,15 @@ class ServerState(struct.PyTreeNode):
     neuron_mask: bool [neurons], False for pruned neurons, held at zero.
     aggregator: the aggregator's own state.
     round: int32 scalar, rounds done so far.
+    memory: what attackers remember of the round before, if they do
+      (`attacks.RememberHook`): theirs, and of no use to the server.
   """
 
   params: Params
   neuron_mask: Array
   aggregator: Any
   round: Array
+  memory: Any = ()
 
 
 class RoundMetrics(struct.PyTreeNode):
@@ -99,16 +102,33 @@ class Block(Protocol):
 
 
 def init_state(
-  model: models.Model, aggregator: aggregators.Aggregator, key: Array
+  model: models.Model,
+  aggregator: aggregators.Aggregator,
+  key: Array,
+  attack: attacks.Attack | None = None,
 ) -> ServerState:
-  """A fresh model, no neuron pruned, no round done."""
+  """A fresh model, no neuron pruned, no round done.
+
+  Args:
+    model: the network.
+    aggregator: begins with a state of its own.
+    key: random key of the initial weights.
+    attack: only needed if it remembers (`attacks.RememberHook`).
+
+  Returns:
+    The state.
+  """
   # Compiled: op by op, it takes longer than the rest of a second start.
   params = jax.jit(model.init)(key)
+  memory: Any = ()
+  if attack is not None and attack.remember is not None:
+    memory = attack.remember(jax.tree.map(jnp.zeros_like, params))
   return ServerState(
     params=params,
     neuron_mask=jnp.ones(model.neurons, bool),
     aggregator=aggregator.init(params),
     round=jnp.zeros((), jnp.int32),
+    memory=memory,
   )
 
 
@@ -166,7 +186,7 @@ def make_round(
   Args:
     model: the network.
     train: one client's training.
-    attack: its hook on the updates is applied.
+    attack: its hook on the updates is applied, and what it remembers kept.
     aggregator: combines the updates.
     cohort_size: clients sampled per round, without replacement (k·N of
       Section III-A); 0 takes all, in order.
@@ -197,21 +217,28 @@ def make_round(
       f"client_chunk={client_chunk}: it is from 0, which trains all at once."
     )
 
+  remember = attack.remember
+
   def local_update(
-    common: tuple[Params, Array, Array],
+    common: tuple[Any, ...],
     client: federations.Federation,
     active: Array,
   ) -> tuple[Params, Array]:
-    params, neuron_mask, key = common
+    params, neuron_mask, key, *memory = common
     client_key = jax.random.fold_in(key, client.ids)
-    after, loss = train(params, client, neuron_mask, active, client_key)
+    after, loss = train(
+      params, client, neuron_mask, active, client_key, *memory
+    )
     return jax.tree.map(jnp.subtract, after, params), loss
 
   def attacked_updates(
     common: Any, clients: federations.Federation, active: Array
-  ) -> tuple[Params, Array]:
+  ) -> tuple[Any, Array]:
     updates, losses = parallel.each(local_update)(common, clients, active)
-    return attack.updates(updates, clients, active), losses
+    sent = attack.updates(updates, clients, active)
+    if remember is None:
+      return sent, losses
+    return (sent, _without(updates, active)), losses
 
   def run(
     state: ServerState, federation: federations.Federation, key: Array
@@ -229,21 +256,28 @@ def make_round(
     active = federations.active_attackers(cohort, state.round)
     counts = federations.training_mask(cohort, active).sum(axis=1)
     weights = counts[: cohort.num_clients].astype(jnp.float32)
-    common = (state.params, state.neuron_mask, client_key)
+    common: tuple[Any, ...] = (state.params, state.neuron_mask, client_key)
+    if remember is not None:
+      common = (*common, state.memory)
+    benign = (~active[: cohort.num_clients]).astype(jnp.float32)
+    memory = state.memory
     if aggregator.shares is not None and attack.rowwise:
+      shares = aggregator.shares(weights)
       update, losses = parallel.sum_over_clients(
-        attacked_updates,
-        common,
-        aggregator.shares(weights),
-        cohort,
-        active,
-        chunk=client_chunk,
+        attacked_updates, common, shares, cohort, active, chunk=client_chunk
       )
+      if remember is not None:
+        update, others = update
+        memory = remember(_over(others, (shares * benign).sum()))
       aggregator_state = state.aggregator
     else:
       updates, losses = parallel.map_clients(
         local_update, common, cohort, active, chunk=client_chunk
       )
+      if remember is not None:
+        others = _without(updates, active[: cohort.num_clients])
+        total = aggregators.weighted_sum(others, benign)
+        memory = remember(_over(total, benign.sum()))
       updates = attack.updates(
         updates,
         parallel.without_padding(cohort),
@@ -269,13 +303,31 @@ def make_round(
     for leaf in jax.tree.leaves(params):
       finite &= jnp.isfinite(leaf).all()
     state = state.replace(
-      params=params, aggregator=aggregator_state, round=state.round + 1
+      params=params,
+      aggregator=aggregator_state,
+      round=state.round + 1,
+      memory=memory,
     )
     return state, RoundMetrics(
       loss=loss, bad_round=jnp.where(finite, 0, state.round)
     )
 
   return run
+
+
+def _without(updates: Params, active: Array) -> Params:
+  """Updates [cohort, ...], zero where a client attacks, whatever it sends."""
+  return jax.tree.map(
+    lambda leaf: jnp.where(
+      active.reshape(-1, *(1,) * (leaf.ndim - 1)), 0, leaf
+    ),
+    updates,
+  )
+
+
+def _over(total: Params, weight: Array) -> Params:
+  """A sum of weight 0 is nobody's."""
+  return jax.tree.map(lambda leaf: leaf / jnp.where(weight, weight, 1), total)
 
 
 def make_block(model: models.Model, run_round: Round) -> Block:

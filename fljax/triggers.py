@@ -173,6 +173,16 @@ def _dba(image_shape: tuple[int, int, int]) -> list[Trigger]:
   ]
 
 
+# How much of the noise is there instead of the image.
+_NOISE_OPACITY = 0.2
+
+
+def _noise(image_shape: tuple[int, int, int]) -> list[Trigger]:
+  # The same noise in every run, as the other triggers are the same.
+  pattern = np.random.default_rng(0).random(image_shape)
+  return [blended(pattern, _NOISE_OPACITY)]
+
+
 # Name -> function of the image shape -> the trigger's pieces.
 TRIGGERS: dict[str, Callable[..., list[Trigger]]] = {
   "pixel1": _corner(1),
@@ -182,6 +192,7 @@ TRIGGERS: dict[str, Callable[..., list[Trigger]]] = {
   "pixel9": _corner(9),
   "corner1": _very_corner,
   "dba": _dba,
+  "blended": _noise,
 }
 
 
@@ -191,9 +202,10 @@ def pieces(
   """The parts into which a trigger is split among attackers.
 
   Args:
-    name: a key of `TRIGGERS`. The `pixel*` patterns, and `corner1`, the pixel
-      in the very corner, have one piece, which every attacker stamps; `dba`
-      has four, and attacker i stamps piece i mod 4.
+    name: a key of `TRIGGERS`. The `pixel*` patterns, `corner1`, the pixel in
+      the very corner, and `blended`, noise over the whole image of which a
+      fifth is seen, have one piece, which every attacker stamps; `dba` has
+      four, and attacker i stamps piece i mod 4.
     image_shape: height, width, channels.
     **parameters: of a user's own, see `extensions`.
 
@@ -206,7 +218,8 @@ def pieces(
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Fig. 1 and Fig. 4; BadNets (Gu, Dolan-Gavitt, Garg);
-    DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.).
+    DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.);
+    `blended` as in `blended`.
   """
   errors.require_choice("trigger", name, TRIGGERS)
   return TRIGGERS[name](image_shape, **parameters)

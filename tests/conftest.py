@@ -222,15 +222,17 @@ def make_training(model, *, momentum=0.5, epochs=2, **options):
 
 
 def make_round(model, attack=None, **options):
-  training = options.pop("training", None) or make_training(model)
-  options.setdefault("aggregator", aggregators.mean())
-  return rounds.make_round(
-    model, training, attack=attack or attacks.Attack(), **options
+  attack = attack or attacks.Attack()
+  training = options.pop("training", None) or make_training(
+    model, **attack.in_steps
   )
+  options.setdefault("aggregator", aggregators.mean())
+  return rounds.make_round(model, training, attack=attack, **options)
 
 
-def make_state(model, seed=7):
-  return rounds.init_state(model, aggregators.mean(), jax.random.key(seed))
+def make_state(model, seed=7, attack=None):
+  key = jax.random.key(seed)
+  return rounds.init_state(model, aggregators.mean(), key, attack)
 
 
 def copy(tree):

@@ -54,11 +54,18 @@ def on_rounds():
     ),
     rowwise=False,
   )
+  # Attackers add what benign clients sent in the round before.
+  remembering = attacks.Attack(
+    remember=lambda benign: benign,
+    local=lambda params, start, memory: jax.tree.map(
+      lambda leaf, own: leaf + 0.1 * own, params, memory
+    ),
+  )
   found = {}
   for clients, cohort, chunk, aggregator, extra in (
     (11, 0, 1, aggregators.weighted_mean(), None),
-    (11, 5, 0, aggregators.mean(), None),
-    (11, 6, 2, aggregators.median(), None),
+    (11, 5, 0, aggregators.mean(), remembering),
+    (11, 6, 2, aggregators.median(), remembering),
     (3, 0, 0, aggregators.mean(), together),
   ):
     federation, attack = conftest.make_federation(
@@ -81,14 +88,17 @@ def on_rounds():
     for spread in (None, mesh):
       placed = parallel.place(federation, spread)
       assert placed.num_clients == clients
-      state = parallel.replicate(conftest.make_state(model), spread)
+      state = conftest.make_state(model, attack=attack)
+      state = parallel.replicate(state, spread)
       state, metrics = block(state, placed, parallel.replicate(KEY, spread), 3)
       means = reports.client_activations(model, state.params, placed)
       order = pruning.pruning_order(pruning.rank_scores(means))
       curves = pruning.client_curves(model, state.params, order, placed)
       right = reports.client_accuracies(model, state.params, placed)
       assert means.shape[0] == curves.shape[0] == len(right) == clients
-      results.append((state.params, metrics.loss, means, curves, right))
+      assert bool(jax.tree.leaves(state.memory)) == (extra is remembering)
+      learned = (state.params, state.memory, metrics.loss)
+      results.append((*learned, means, curves, right))
     name = f"{clients} clients, cohort {cohort}, chunk {chunk}"
     found[name] = difference(*results)
   return found

@@ -557,6 +557,75 @@ def test_attackers_see_where_the_round_began(model, params):
   assert trained(attackers_loss=pull) < 0.9 * free
 
 
+@given(
+  values=st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=30),
+  count=st.integers(0, 31),
+)
+@example(values=[0.0, 0.0, 1e-45, 3.0, 3.0], count=1)
+def test_the_bound_that_so_many_values_exceed(values, count):
+  bound = attacks._exceeded_by(jnp.asarray(values, jnp.float32), count)
+  ordered = sorted(np.float32(values), reverse=True)
+  assert float(bound) == (ordered[count] if count < len(ordered) else 0)
+
+
+@given(share=st.sampled_from([0.0, 0.1, 0.5, 0.99]), seed=st.integers(0, 99))
+def test_neurotoxin_leaves_alone_what_benign_clients_change_most(share, seed):
+  rng = np.random.default_rng(seed)
+
+  def draw():
+    return {
+      "w": rng.normal(size=(10, 6)).astype(np.float32),
+      "b": rng.normal(size=(40,)).astype(np.float32),
+      "norm": {models._STATISTICS: rng.normal(9, 1, 7).astype(np.float32)},
+    }
+
+  benign, start, params = draw(), draw(), draw()
+  attack = attacks.neurotoxin(share)
+  held = attack.remember(benign)
+  sizes = np.abs(np.concatenate([benign["w"].ravel(), benign["b"]]))
+  bound = np.sort(sizes)[::-1][round(share * 100)]
+  after = attack.local(params, start, held)
+  for name in ("w", "b"):
+    most = np.abs(benign[name]) > bound
+    np.testing.assert_array_equal(held[name], most)
+    np.testing.assert_array_equal(
+      after[name], np.where(most, start[name], params[name])
+    )
+  assert sum(int(held[name].sum()) for name in "wb") == round(share * 100)
+  # Whatever batch normalisation measures is no step.
+  chex.assert_trees_all_equal(after["norm"], params["norm"])
+  # Before the first round nothing is known, and nothing is left alone.
+  nothing = attack.remember(jax.tree.map(jnp.zeros_like, benign))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+  # Nor does what is not finite stop the attack.
+  broken = attack.remember({**benign, "w": jnp.full((10, 6), jnp.nan)})
+  assert not broken["w"].any()
+
+
+def test_a_chain_hands_each_attack_its_own_memory():
+  def remembering(factor):
+    return attacks.Attack(
+      remember=lambda benign: factor * benign,
+      local=lambda params, start, memory: params + memory,
+    )
+
+  plain = attacks.Attack(local=lambda params, start: 10 * params)
+  chained = attacks.chain(
+    remembering(1.0), plain, attacks.Attack(), remembering(100.0)
+  )
+  memory = chained.remember(jnp.float32(3))
+  assert (
+    float(chained.local(jnp.float32(1), None, memory)) == (1 + 3) * 10 + 300
+  )
+  # A chain in a chain.
+  outer = attacks.chain(plain, chained)
+  memory = outer.remember(jnp.float32(3))
+  assert float(outer.local(jnp.float32(1), None, memory)) == 430
+  forgetful = attacks.chain(plain, attacks.Attack())
+  assert forgetful.remember is None
+  assert float(forgetful.local(jnp.float32(1), None)) == 10
+
+
 @given(spread=st.sampled_from([0.0, 0.5, 2.0]), attackers=st.integers(0, 5))
 def test_hidden_updates_lie_within_the_benign_ones(spread, attackers):
   rng = np.random.default_rng(attackers)

@@ -346,6 +346,12 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
       "delta_start": 10.0,
     },
     {
+      "model": "tiny_bn",
+      "trigger": "blended",
+      "attacker_neurotoxin": 0.1,
+      "aggregation": "trimmed_mean",
+    },
+    {
       "num_attackers": 2,
       "trigger": "pixel1",
       "attack_start": 3,
@@ -893,6 +899,31 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     _assert_same(uninterrupted, _final(killed))
 
 
+def test_what_attackers_remember_outlives_an_interruption(config, monkeypatch):
+  config = _with(config, attacker_neurotoxin=0.3, cleanse="ft", rounds=4)
+  experiment.run(config, quiet=True)
+  broken = _with(config, workdir=config.workdir + "-broken")
+  save, saved = workdirs.Workdir.save, []
+
+  def dying(self, *arguments, **options):
+    saved.append(save(self, *arguments, **options))
+    # After two rounds of training, and after training.
+    raise _KilledError
+
+  for _ in range(2):
+    monkeypatch.setattr(workdirs.Workdir, "save", dying)
+    with pytest.raises(_KilledError):
+      experiment.run(broken, quiet=True)
+    monkeypatch.undo()
+  experiment.run(broken, quiet=True)
+  _assert_same(_final(config), _final(broken))
+  _, state = experiment.load(broken.workdir, phase="training")
+  held = jax.tree.leaves(state.memory)
+  assert sum(int(leaf.sum()) for leaf in held) == round(
+    0.3 * sum(leaf.size for leaf in held)
+  )
+
+
 def test_a_run_on_other_data_is_refused(config, tmp_path):
   experiment.run(_with(config, cleanse=""), quiet=True)
   folder = workdirs.Path(config.workdir)
@@ -1122,6 +1153,7 @@ def test_a_population_on_the_host_ends_in_the_same(
     clients_per_round=2,
     rounds=2,
     attack_rounds=1,
+    attacker_neurotoxin=0.1,
     fine_tune_rounds=1,
     validation_size=validation_size,
     client_holdout=float(holdout),

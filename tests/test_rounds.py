@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fljax import aggregators
+from fljax import attacks
 from fljax import evaluate
 from fljax import federation as federations
 from fljax import models
@@ -110,6 +111,81 @@ def test_permuting_clients_changes_nothing(model, cohort):
     order = jnp.asarray(np.random.default_rng(seed).permutation(4))
     after, _ = run(state, federations.select(federation, order), KEY)
     _close(after.params, before.params)
+
+
+@pytest.mark.parametrize("rule", ["mean", "weighted", "median"])
+@pytest.mark.parametrize("cohort", [0, 3])
+def test_attackers_remember_what_benign_clients_sent(model, rule, cohort):
+  """Whatever the attackers sent, and only those of the round's cohort."""
+  federation, poisoning = make_federation(clients=5, attackers=2, gamma=9.0)
+  federation = federation.replace(mask=federation.mask.at[3, 6:].set(False))
+  attack = attacks.chain(poisoning, attacks.Attack(remember=lambda sent: sent))
+  run = make_round(
+    model,
+    attack,
+    aggregator=aggregators.build(rule, trim=0.2),
+    cohort_size=cohort,
+    client_chunk=2,
+  )
+  before = make_state(model, attack=attack)
+  for leaf in jax.tree.leaves(before.memory):
+    assert not leaf.any()
+  after, _ = jax.jit(run)(before, federation, KEY)
+
+  present = np.arange(5)
+  if cohort:
+    present = np.asarray(rounds.chosen_in_round(federation.ids, 3, KEY, 0))
+  benign = federations.select(federation, present[present >= 2])
+  assert 0 < benign.num_clients < len(present)
+  # By the median every client weighs the same.
+  weighs = aggregators.build(
+    "weighted" if rule == "weighted" else "mean", trim=0
+  )
+  alone, _ = make_round(model, aggregator=weighs)(before, benign, KEY)
+  sent = jax.tree.map(jnp.subtract, alone.params, before.params)
+  # No chain of attacks remembers but the last one.
+  *nothing, known = after.memory
+  assert not jax.tree.leaves(nothing)
+  _close(known, sent)
+
+
+def test_where_all_attack_nothing_is_remembered(model):
+  federation, poisoning = make_federation(attackers=4)
+  attack = attacks.chain(poisoning, attacks.Attack(remember=lambda sent: sent))
+  run = make_round(model, attack)
+  after, _ = run(make_state(model, attack=attack), federation, KEY)
+  for leaf in jax.tree.leaves(after.memory):
+    assert not leaf.any()
+
+
+def test_attackers_send_no_change_of_what_they_leave_alone(model):
+  federation, poisoning = make_federation(attackers=1)
+  attack = attacks.chain(poisoning, attacks.neurotoxin(0.3))
+  sent = []
+
+  def spied(updates, weights, state):
+    sent.append(updates)
+    return aggregators.weighted_sum(updates, weights / weights.sum()), state
+
+  run = make_round(
+    model, attack, aggregator=aggregators.Aggregator(lambda params: (), spied)
+  )
+  first, _ = run(make_state(model, attack=attack), federation, KEY)
+  *_, held = first.memory
+  run(first, federation, KEY)
+  number = sum(int(leaf.sum()) for leaf in jax.tree.leaves(held))
+  size = sum(leaf.size for leaf in jax.tree.leaves(held))
+  assert number == round(0.3 * size)
+  once, again = sent
+  for leaf, new, mask in zip(
+    *map(jax.tree.leaves, (once, again, held)), strict=True
+  ):
+    assert leaf[0].any()
+    np.testing.assert_array_equal(
+      new[0] != 0, ~np.asarray(mask) & (new[0] != 0)
+    )
+    # Benign clients go on as ever.
+    assert (np.asarray(new[1])[np.asarray(mask)] != 0).any() or not mask.any()
 
 
 @pytest.mark.parametrize("server_rate", [1.0, 0.5])

@@ -15,7 +15,8 @@ SHAPES = st.sampled_from([(28, 28, 1), (32, 32, 3), (16, 20, 1)])
 
 
 @given(
-  name=st.sampled_from(sorted(triggers.TRIGGERS)),
+  # Noise is blended with, not written over the image.
+  name=st.sampled_from(sorted(triggers.TRIGGERS.keys() - {"blended"})),
   shape=SHAPES,
   dtype=st.sampled_from([np.uint8, np.float32]),
   seed=st.integers(0, 99),
@@ -124,6 +125,17 @@ def test_blending_mixes_by_opacity(shape, dtype, opacity, seed):
   np.testing.assert_allclose(stamped[:, half:], expected, atol=tolerance)
   both = triggers.union([trigger, whole])
   np.testing.assert_array_equal(both.mask, whole.mask)
+
+
+@given(shape=SHAPES)
+def test_noise_is_a_fifth_of_every_pixel_and_the_same_in_every_run(shape):
+  (noise,) = triggers.pieces("blended", shape)
+  (again,) = triggers.pieces("blended", shape)
+  chex.assert_trees_all_equal(noise, again)
+  black = np.zeros(shape, np.uint8)
+  stamped = np.asarray(triggers.stamp(jnp.asarray(black), noise))
+  np.testing.assert_allclose(stamped, 51 * np.asarray(noise.value), atol=0.51)
+  assert len(np.unique(noise.value)) > 0.9 * noise.value.size
 
 
 @pytest.mark.parametrize(
