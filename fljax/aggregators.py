@@ -213,14 +213,16 @@ def multi_krum(share: float = 0.2) -> Aggregator:
   return Aggregator(init=lambda params: (), update=update)
 
 
+def _inner_products(updates: Params) -> Array:
+  """[cohort, cohort], of all that is sent."""
+  rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(updates)]
+  products = [jnp.matmul(one, one.T, precision="highest") for one in rows]
+  return jnp.stack(products).sum(axis=0)
+
+
 def _krum_scores(updates: Params, malicious: int) -> Array:
   """[cohort], infinite of what is not finite."""
-  inner = sum(
-    jnp.matmul(rows, rows.T, precision="highest")
-    for rows in (
-      leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(updates)
-    )
-  )
+  inner = _inner_products(updates)
   squares = jnp.diagonal(inner)
   distances = jnp.maximum(squares[:, None] + squares[None] - 2 * inner, 0)
   distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)
@@ -292,23 +294,140 @@ def norm_clipping() -> Aggregator:
   """
 
   def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
-    del weights
     known, finite = _finite_rows(updates)
-    leaves, form = jax.tree_util.tree_flatten_with_path(known)
-    kinds = [models.is_running_statistic(path) for path, _ in leaves]
-    clipped: list[Array] = [leaf for _, leaf in leaves]
-    for kind in set(kinds):
-      own = [index for index, one in enumerate(kinds) if one == kind]
-      norms = jnp.sqrt(_squared_norms([clipped[index] for index in own]))
-      bound = jnp.nanmedian(jnp.where(finite, norms, jnp.nan))
-      shares = bound / jnp.maximum(norms, bound) / len(norms)
-      # Where all are zero, nothing is to be scaled.
-      shares = jnp.where(jnp.isfinite(shares), shares, 0)
-      for index in own:
-        clipped[index] = weighted_sum(clipped[index], shares)
-    return jax.tree.unflatten(form, clipped), state
+    mean, _ = _clipped_mean(known, finite, jnp.full_like(weights, 1))
+    return mean, state
 
   return Aggregator(init=lambda params: (), update=update)
+
+
+def _clipped_mean(
+  known: Params, finite: Array, counts: Array
+) -> tuple[Params, Array]:
+  """The mean of updates none of which is longer than the median one.
+
+  Args:
+    known: each leaf [cohort, ...], finite.
+    finite: float32 [cohort], whose norm the median is of.
+    counts: float32 [cohort], of whom the mean is.
+
+  Returns:
+    The mean, and the median norm, of all but running statistics, which are
+    clipped apart.
+  """
+  leaves, form = jax.tree_util.tree_flatten_with_path(known)
+  kinds = [models.is_running_statistic(path) for path, _ in leaves]
+  clipped: list[Array] = [leaf for _, leaf in leaves]
+  bounds = {}
+  for kind in set(kinds):
+    own = [index for index, one in enumerate(kinds) if one == kind]
+    norms = jnp.sqrt(_squared_norms([clipped[index] for index in own]))
+    bounds[kind] = jnp.nanmedian(jnp.where(finite, norms, jnp.nan))
+    shares = bounds[kind] / jnp.maximum(norms, bounds[kind])
+    # Where all are zero, nothing is to be scaled.
+    shares = jnp.where(jnp.isfinite(shares), shares, 0) * counts / counts.sum()
+    for index in own:
+      clipped[index] = weighted_sum(clipped[index], shares)
+  return jax.tree.unflatten(form, clipped), bounds[False]
+
+
+def flame(noise: float = 0.001) -> Aggregator:
+  """The mean of a majority of like direction, none long, and a little noise.
+
+  Updates are clustered by the cosine distances between them; those outside the
+  majority's cluster are left out, as are updates that are not finite. The rest
+  are clipped to the median norm of all, as in `norm_clipping`. To every
+  parameter of their mean, but for batch normalisation's running statistics,
+  Gaussian noise is added, whose deviation is a share of that norm.
+
+  Where clients hold few labels each, the majority is of those that hold like
+  ones.
+
+  Args:
+    noise: λ, the deviation's share of the median norm; 0 adds none.
+
+  Returns:
+    The aggregator; it needs all updates at once. Its state is a random key,
+    the same in every run.
+
+  References:
+    FLAME: Taming Backdoors in Federated Learning (Nguyen et al., USENIX
+    Security 2022), Algorithm 1; λ = 0.001 as there for images. Directions are
+    those of updates; there it is models that are compared.
+  """
+
+  def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
+    del weights
+    known, finite = _finite_rows(updates)
+    inner = _inner_products(known)
+    norms = jnp.sqrt(jnp.diagonal(inner))
+    lengths = norms[:, None] * norms[None]
+    # No direction is orthogonal to all.
+    distances = 1 - inner / jnp.where(lengths, lengths, 1)
+    both = finite[:, None] * finite[None] > 0
+    members = _densest_majority(
+      jnp.where(both, distances, jnp.inf), (finite > 0).sum() // 2 + 1
+    )
+    mean, bound = _clipped_mean(known, finite, members.astype(jnp.float32))
+    state, own = jax.random.split(state)
+    deviation = noise * jnp.nan_to_num(bound)
+
+    def noisy(path: tuple[Any, ...], leaf: Array, index: int) -> Array:
+      if models.is_running_statistic(path):
+        return leaf
+      drawn = jax.random.normal(jax.random.fold_in(own, index), leaf.shape)
+      return leaf + deviation * drawn
+
+    if noise:
+      leaves, form = jax.tree_util.tree_flatten_with_path(mean)
+      mean = jax.tree.unflatten(
+        form,
+        [noisy(*leaf, index) for index, leaf in enumerate(leaves)],
+      )
+    return mean, state
+
+  return Aggregator(init=lambda params: jax.random.PRNGKey(0), update=update)
+
+
+@jax.jit
+def _densest_majority(distances: Array, majority: Array) -> Array:
+  """Which of some things are in the first cluster that is a majority.
+
+  Clusters grow by single linkage: things that a chain of distances below a
+  bound connects are one. The bound rises until a cluster is large enough. That
+  is what HDBSCAN's condensed tree comes to if a cluster must be more than half
+  of all, a thing is dense by itself (`min_samples=1`) and a single cluster is
+  allowed: nothing else is ever a cluster, and what leaves it before it falls
+  apart is noise.
+
+  Args:
+    distances: [things, things], infinite of what belongs to nothing.
+    majority: how many are enough.
+
+  Returns:
+    bool [things]; all of those that belong to something, at least, if they are
+    not enough.
+  """
+  count = len(distances)
+  bounds = jnp.sort(jnp.where(jnp.isfinite(distances), distances, 4).ravel())
+
+  def connected(bound: Array) -> Array:
+    reached = (distances <= bound) | jnp.eye(count, dtype=bool)
+    for _ in range((count - 1).bit_length()):
+      steps = reached.astype(jnp.float32)
+      reached = steps @ steps > 0
+    return reached
+
+  def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = ends
+    middle = (low + high) // 2
+    enough = connected(bounds[middle]).sum(axis=1).max() >= majority
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  ends = jnp.int32(0), jnp.int32(count * count - 1)
+  _, found = lax.fori_loop(0, (count * count).bit_length(), halve, ends)
+  clusters = connected(bounds[found])
+  return clusters[jnp.argmax(clusters.sum(axis=1))]
 
 
 def robust_learning_rate(share: float = 0.2) -> Aggregator:
@@ -460,6 +579,7 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
   "multi_krum": multi_krum,
   "geometric_median": lambda trim: geometric_median(),
   "norm_clipping": lambda trim: norm_clipping(),
+  "flame": lambda trim: flame(),
   "robust_learning_rate": robust_learning_rate,
 }
 # Those of them to which that share is nothing.
@@ -469,6 +589,7 @@ WITHOUT_TRIM = (
   "median",
   "geometric_median",
   "norm_clipping",
+  "flame",
 )
 
 

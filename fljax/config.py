@@ -308,8 +308,9 @@ class Config:
     " number of images; 'trimmed_mean' and 'median' of each parameter, 'krum',"
     " 'multi_krum' and the 'geometric_median' withstand a minority, and learn"
     " less where clients differ; 'norm_clipping' averages updates that are no"
-    " longer than the median one; 'robust_learning_rate' moves away from the"
-    " mean where clients disagree about the sign.",
+    " longer than the median one, 'flame' of these a majority whose directions"
+    " are alike, and adds a little noise; 'robust_learning_rate' moves away"
+    " from the mean where clients disagree about the sign.",
     choices=aggregators.AGGREGATORS,
   )
   aggregation_trim: float = _setting(

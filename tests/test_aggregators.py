@@ -46,8 +46,10 @@ def test_every_aggregator_keeps_the_contract(name, seed, clients):
     lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), updates
   )
   agreed, _ = aggregator.update(same, weights, state)
+  # Its noise has a deviation of a thousandth of their norm, some 3.
+  noise = 0.03 if name == "flame" else 0
   chex.assert_trees_all_close(
-    agreed, jax.tree.map(lambda leaf: leaf[0], same), rtol=1e-5
+    agreed, jax.tree.map(lambda leaf: leaf[0], same), rtol=1e-5, atol=noise
   )
 
 
@@ -203,6 +205,94 @@ def test_amplification_is_nothing_to_clipped_norms(seed, clients, gamma):
   )
 
 
+def _majority(distances, enough):
+  """The same by merging the nearest, one after the other."""
+  cluster = {thing: {thing} for thing in range(len(distances))}
+  pairs = sorted(
+    (distances[i, j], i, j) for i in cluster for j in cluster if i < j
+  )
+  level = -1.0
+  for distance, one, other in pairs:
+    # What comes at the same distance comes at once.
+    if distance > level and max(map(len, cluster.values())) >= enough:
+      break
+    level = distance
+    if np.isfinite(distance):
+      joined = cluster[one] | cluster[other]
+      for thing in joined:
+        cluster[thing] = joined
+  largest = max(cluster.values(), key=len)
+  return np.isin(np.arange(len(distances)), [*largest])
+
+
+@given(
+  seed=st.integers(0, 999),
+  clients=st.sampled_from([1, 2, 3, 5, 10, 20]),
+  broken=st.integers(0, 2),
+  levels=st.sampled_from([3, 1000]),
+)
+def test_the_densest_majority_is_that_of_single_linkage(
+  seed, clients, broken, levels
+):
+  """Also where many are at the same distance."""
+  rng = np.random.default_rng(seed)
+  distances = rng.integers(1, levels + 1, (clients, clients)) / levels
+  distances = np.triu(distances, 1) + np.triu(distances, 1).T
+  distances[:broken] = distances[:, :broken] = np.inf
+  enough = (clients - min(broken, clients)) // 2 + 1
+  found = aggregators._densest_majority(jnp.asarray(distances), enough)
+  expected = _majority(distances, enough)
+  assert found.sum() >= min(enough, max(clients - broken, 1))
+  if clients > broken:
+    np.testing.assert_array_equal(found, expected)
+
+
+@given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 10]))
+def test_flame_leaves_out_who_looks_elsewhere(seed, clients):
+  """Less than half lie, as long as they like, in a direction of theirs."""
+  updates = _updates(seed, clients)
+  liars = (clients - 1) // 2
+  rng = np.random.default_rng(seed + 1000)
+  # Honest ones look one way, more or less.
+  shared = {"w": rng.normal(size=(3, 2)), "b": rng.normal()}
+  updates = jax.tree.map(
+    lambda leaf, one: jnp.asarray(0.2 * np.asarray(leaf) + one, jnp.float32),
+    updates,
+    shared,
+  )
+  away = jax.tree.map(lambda one: np.float32(-50 * one), shared)
+  sent = jax.tree.map(lambda leaf, one: leaf.at[:liars].set(one), updates, away)
+  rule = aggregators.flame(noise=0)
+  found, _ = rule.update(sent, jnp.ones(clients), rule.init(sent))
+  rows = _rows(sent)
+  norms = np.linalg.norm(rows, axis=1)
+  directions = rows / norms[:, None]
+  taken = _majority(1 - directions @ directions.T, clients // 2 + 1)
+  assert not taken[:liars].any()
+  kept = rows * np.minimum(1, np.median(norms) / norms)[:, None]
+  np.testing.assert_allclose(
+    _row(found), kept[taken].mean(axis=0), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_flames_noise_is_a_share_of_the_median_norm():
+  updates = {
+    "w": jnp.ones((5, 100, 100)),
+    "batch_stats": {"norm": {"var": jnp.ones((5, 400))}},
+  }
+  rule, quiet = aggregators.flame(noise=0.01), aggregators.flame(noise=0)
+  state = rule.init(updates)
+  mean, _ = quiet.update(updates, jnp.ones(5), state)
+  noisy, state = rule.update(updates, jnp.ones(5), state)
+  again, _ = rule.update(updates, jnp.ones(5), state)
+  noise = np.asarray(noisy["w"] - mean["w"])
+  # 10,000 ones are 100 long.
+  assert noise.std() == pytest.approx(1, rel=0.05)
+  assert abs(noise.mean()) < 0.05
+  assert abs(np.corrcoef(noise.ravel(), np.ravel(again["w"]))[0, 1]) < 0.05
+  chex.assert_trees_all_equal(noisy["batch_stats"], mean["batch_stats"])
+
+
 @given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 10]))
 def test_where_signs_disagree_the_rate_is_negative(seed, clients):
   updates = _updates(seed, clients)
@@ -244,7 +334,7 @@ def test_running_statistics_are_no_direction_and_are_clipped_apart():
   clients=st.sampled_from([5, 10, 19]),
   sent=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e10]),
   name=st.sampled_from(
-    ["krum", "multi_krum", "geometric_median", "norm_clipping"]
+    ["krum", "multi_krum", "geometric_median", "norm_clipping", "flame"]
   ),
 )
 def test_a_minority_cannot_take_the_update_far(seed, clients, sent, name):
@@ -252,7 +342,8 @@ def test_a_minority_cannot_take_the_update_far(seed, clients, sent, name):
   liars = aggregators.left_out(clients, 0.2)
   lying = jax.tree.map(lambda leaf: leaf.at[:liars].set(sent), updates)
   rule = aggregators.build(name, trim=0.2)
-  combined, _ = jax.jit(rule.update)(lying, jnp.ones(clients), ())
+  state = rule.init(updates)
+  combined, _ = jax.jit(rule.update)(lying, jnp.ones(clients), state)
   honest = np.linalg.norm(_rows(updates)[liars:], axis=1).max()
   assert np.linalg.norm(_row(combined)) <= 2 * honest
 

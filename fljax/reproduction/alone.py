@@ -26,10 +26,10 @@ from fljax.reproduction.plan import Cell
 from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
 
-_TUNED, _FINE_PRUNED = ("FST", "fst"), ("Fine-Pruning", "fine-pruning")
+TUNED, _FINE_PRUNED = ("FST", "fst"), ("Fine-Pruning", "fine-pruning")
 _SERVER_COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
-  *plan.accuracies(_TUNED, variant="fst"),
+  *plan.accuracies(TUNED, variant="fst"),
   *plan.accuracies(_FINE_PRUNED, variant="fine-pruning"),
 )
 _SERVER_NOTE = (
@@ -45,7 +45,8 @@ _SERVER_NOTE = (
 _SERVER = {"server_learning_rate": 0.2, "server_epochs": 20}
 
 
-def _server_cells(config: Config) -> dict[str, Cell]:
+def server_cells(config: Config) -> dict[str, Cell]:
+  """The paper's process, Feature Shift Tuning and Fine-Pruning."""
   server = plan.changed(config, **_SERVER)
   return {
     "paper": Cell(config),
@@ -65,9 +66,9 @@ def _server_alone(
   """A row per pair; the paper's numbers begin with training, end with All."""
 
   def better(values: np.ndarray) -> tuple[str, str]:
-    ways = (plan.ALL, _TUNED, _FINE_PRUNED)
+    ways = (plan.ALL, TUNED, _FINE_PRUNED)
     ends, told = plan.ends(values, _SERVER_COLUMNS, ways)
-    tuned, whole = ends[_TUNED[0]], ends[plan.ALL[0]]
+    tuned, whole = ends[TUNED[0]], ends[plan.ALL[0]]
     return plan.verdict(tuned[0] >= whole[0], tuned[1] <= whole[1]), told
 
   return Table(
@@ -77,7 +78,7 @@ def _server_alone(
     + " Published numbers are those of the paper's process."
     + (f" {plan.JPEG}" if labels else ""),
     _SERVER_COLUMNS,
-    plan.rows_of_pairs(base, published, _server_cells, _SERVER_COLUMNS, labels),
+    plan.rows_of_pairs(base, published, server_cells, _SERVER_COLUMNS, labels),
     (
       (
         "Feature Shift Tuning by the server ends with no less accuracy, and no"
@@ -129,7 +130,7 @@ def beyond_7(bases: Bases) -> Table:
     of: Callable[[str], bool],
   ) -> Callable[[np.ndarray], tuple[str, str]]:
     rows = {row: label for row, label in enumerate(attacked) if of(label)}
-    return plan.leaves_little(_SERVER_COLUMNS, _TUNED[0], rows)
+    return plan.leaves_little(_SERVER_COLUMNS, TUNED[0], rows)
 
   return Table(
     "beyond-7",
@@ -146,7 +147,7 @@ def beyond_7(bases: Bases) -> Table:
     tuple(
       Row(
         label,
-        _server_cells(plan.changed(base, **changes)),
+        server_cells(plan.changed(base, **changes)),
         (None,) * len(_SERVER_COLUMNS),
       )
       for label, changes in attacked.items()
@@ -172,7 +173,7 @@ _BY_TRIMMED = ("FST+FT, trimmed", "fst+ft")
 _FEW_COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(beyond.UNPRUNED, variant="unpruned"),
-  *plan.accuracies(_TUNED, variant="fst"),
+  *plan.accuracies(TUNED, variant="fst"),
   *plan.accuracies(_BY_MEAN, variant="mean"),
   *plan.accuracies(_BY_TRIMMED, variant="trimmed"),
 )
@@ -194,7 +195,7 @@ def beyond_8(bases: Bases) -> Table:
     return {
       "paper": Cell(config),
       "unpruned": Cell(beyond.unpruned(config)),
-      "fst": _server_cells(config)["fst"],
+      "fst": server_cells(config)["fst"],
       "mean": Cell(tuned),
       "trimmed": Cell(
         plan.changed(tuned, fine_tune_aggregation="trimmed_mean")
@@ -202,9 +203,9 @@ def beyond_8(bases: Bases) -> Table:
     }
 
   def better(values: np.ndarray) -> tuple[str, str]:
-    ways = (plan.ALL, beyond.UNPRUNED, _TUNED, _BY_MEAN, _BY_TRIMMED)
+    ways = (plan.ALL, beyond.UNPRUNED, TUNED, _BY_MEAN, _BY_TRIMMED)
     ends, told = plan.ends(values, _FEW_COLUMNS, ways)
-    both, tuned = ends[_BY_TRIMMED[0]], ends[_TUNED[0]]
+    both, tuned = ends[_BY_TRIMMED[0]], ends[TUNED[0]]
     return plan.verdict(both[0] >= tuned[0] + 1, both[1] <= tuned[1] + 1), told
 
   return Table(
@@ -238,7 +239,7 @@ _ELSEWHERE = (
   plan.ALL,
   _BY_CLIENTS,
   beyond.UNPRUNED,
-  _TUNED,
+  TUNED,
   _FINE_PRUNED,
   _BY_TRIMMED,
 )
@@ -246,7 +247,7 @@ _ELSEWHERE_COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(_BY_CLIENTS, variant="clients"),
   *plan.accuracies(beyond.UNPRUNED, variant="unpruned"),
-  *plan.accuracies(_TUNED, variant="fst"),
+  *plan.accuracies(TUNED, variant="fst"),
   *plan.accuracies(_FINE_PRUNED, variant="fine-pruning"),
   *plan.accuracies(_BY_TRIMMED, variant="trimmed"),
 )
@@ -269,7 +270,7 @@ def beyond_9(bases: Bases) -> Table:
       fine_tune_aggregation="trimmed_mean",
     )
     return {
-      **_server_cells(own),
+      **server_cells(own),
       "clients": Cell(plan.changed(config, **asked)),
       "unpruned": Cell(plan.changed(beyond.unpruned(config), **asked)),
       "trimmed": Cell(tuned),
@@ -277,7 +278,7 @@ def beyond_9(bases: Bases) -> Table:
 
   def needs_them(values: np.ndarray) -> tuple[str, str]:
     ends, told = plan.ends(values, _ELSEWHERE_COLUMNS, _ELSEWHERE)
-    lost = ends[plan.TRAINING[0]][0] - ends[_TUNED[0]][0]
+    lost = ends[plan.TRAINING[0]][0] - ends[TUNED[0]][0]
     return plan.verdict(lost > 10), told
 
   def misled(values: np.ndarray) -> tuple[str, str]:

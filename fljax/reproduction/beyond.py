@@ -45,7 +45,7 @@ _DEEP = {"mnist": 0.05, "fashion_mnist": 0.2}
 _MEAN = ("FP+AW+FT", "fp+aw+ft")
 _ROBUST = ("FP+AW+FT, trimmed", "fp+aw+ft")
 UNPRUNED = ("AW+FT, trimmed", "aw+ft")
-_PRUNED = ("FP by gain", "fp")
+BY_GAIN = ("FP by gain", "fp")
 _BOTH = ("FP by gain+AW+FT, trimmed", "fp+aw+ft")
 _NOTE = (
   "All: the paper's process. AW+FT: adjusting before fine-tuning, down to"
@@ -62,7 +62,7 @@ _NOTE = (
 )
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
-  *plan.accuracies(_PRUNED, variant="gain"),
+  *plan.accuracies(BY_GAIN, variant="gain"),
   *plan.accuracies(UNPRUNED, variant="unpruned"),
   *plan.accuracies(_BOTH, variant="both"),
   *plan.accuracies(_ROBUST, variant="robust"),
@@ -80,6 +80,11 @@ def unpruned(config: Config, rule: str = "trimmed_mean") -> Config:
   )
 
 
+def by_gain(config: Config) -> Config:
+  """Pruning by gain, and nothing else."""
+  return plan.changed(config, cleanse="fp", pruning=GAIN)
+
+
 def _cells(config: Config, rule: str = "trimmed_mean") -> dict[str, Cell]:
   deep = plan.changed(
     config, cleanse="fp,aw,ft", adjusting_drop=_DEEP[config.dataset]
@@ -90,7 +95,7 @@ def _cells(config: Config, rule: str = "trimmed_mean") -> dict[str, Cell]:
     "mean": Cell(deep),
     "robust": Cell(robust),
     "unpruned": Cell(unpruned(config, rule)),
-    "gain": Cell(plan.changed(config, cleanse="fp", pruning=GAIN)),
+    "gain": Cell(by_gain(config)),
     "both": Cell(plan.changed(robust, pruning=GAIN)),
   }
 
@@ -108,7 +113,7 @@ def _other_ways(
       ends, told = plan.ends(
         values,
         _COLUMNS,
-        (plan.ALL, _PRUNED, UNPRUNED, _BOTH, _ROBUST, _MEAN),
+        (plan.ALL, BY_GAIN, UNPRUNED, _BOTH, _ROBUST, _MEAN),
       )
       (accuracy, success), (others, left) = ends[way], ends[other]
       return plan.verdict(accuracy >= others, success <= left), told
@@ -135,7 +140,7 @@ def _other_ways(
       (
         "Pruning by gain ends with no less accuracy, and no more of the"
         " backdoor, than the paper's process.",
-        no_worse(_PRUNED[0], plan.ALL[0]),
+        no_worse(BY_GAIN[0], plan.ALL[0]),
       ),
     ),
   )
@@ -230,12 +235,12 @@ def beyond_3(bases: Bases) -> Table:
       (
         "Pruning by gain withstands several attackers.",
         # Without fine-tuning its rule is nothing to it.
-        leaves_little(_PRUNED[0], several[::2]),
+        leaves_little(BY_GAIN[0], several[::2]),
       ),
       (
         "Pruning by gain withstands attackers who limit their weights or"
         " gains.",
-        leaves_little(_PRUNED[0], limited),
+        leaves_little(BY_GAIN[0], limited),
       ),
       (
         "Pruning by gain, deep adjusting and tuning by a trimmed mean together"
@@ -336,6 +341,7 @@ def beyond_10(bases: Bases) -> Table:
 _RULES = {
   "mean": "mean",
   "norm_clipping": "norm clipping",
+  "flame": "FLAME",
   "median": "median",
   "trimmed_mean": "trimmed mean",
   "geometric_median": "geometric median",
@@ -349,7 +355,7 @@ _RULES_COLUMNS = tuple(
   for attackers, suffix in (("one", ""), ("two", _TWO))
   for variant, (way, phase) in (
     (f"deep {attackers}", plan.TRAINING),
-    (f"gain {attackers}", _PRUNED),
+    (f"gain {attackers}", BY_GAIN),
     (f"deep {attackers}", UNPRUNED),
   )
   for column in plan.accuracies((f"{way}{suffix}", phase), variant=variant)
@@ -370,9 +376,7 @@ def beyond_11(bases: Bases) -> Table:
         )
         case = plan.arrow(pair)
         found[f"deep {attack}/{case}"] = Cell(unpruned(config))
-        found[f"gain {attack}/{case}"] = Cell(
-          plan.changed(config, cleanse="fp", pruning=GAIN)
-        )
+        found[f"gain {attack}/{case}"] = Cell(by_gain(config))
     return found
 
   def of_rules(values: np.ndarray, way: str) -> dict[str, tuple[float, float]]:
@@ -417,10 +421,11 @@ def beyond_11(bases: Bases) -> Table:
     " is told that two of ten clients may be malicious: one is, or two (with"
     " 1,500 images per client). Krum is the one update nearest to most others,"
     " Multi-Krum the mean of the eight that are; norm clipping averages updates"
-    " no longer than the median one; by the robust learning rate a parameter"
-    " moves away from the mean where the signs of ten clients' updates sum up"
-    " to less than four. FP by gain, and AW+FT, trimmed: as in the tables"
-    " above, after that training. Every other setting is the flagfile's, which"
+    " no longer than the median one, FLAME of these those alone that a majority"
+    " of like direction sends, and adds a little noise; by the robust learning"
+    " rate a parameter moves away from the mean where the signs of ten clients'"
+    " updates sum up to less than four. FP by gain, and AW+FT, trimmed: as in"
+    " the tables above, after that training. All else is the flagfile's, which"
     " was calibrated for the mean: neither the attack nor the rate was fitted"
     " to another rule. That two attackers would be of interest was seen on a"
     " calibration seed, with norm clipping.",

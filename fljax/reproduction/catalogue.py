@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 
 from fljax.reproduction import alone
+from fljax.reproduction import attacked
 from fljax.reproduction import beyond
 from fljax.reproduction import discussion
 from fljax.reproduction import figures
@@ -51,6 +52,7 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   9: alone.beyond_9,
   10: beyond.beyond_10,
   11: beyond.beyond_11,
+  12: attacked.beyond_12,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {

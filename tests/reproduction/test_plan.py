@@ -93,7 +93,8 @@ def test_other_ways_of_cleansing_begin_with_the_same_model(number, make):
   """What is compared is cleansing, and each trained model serves all of it.
 
   But for what clients keep back to decide by, which is the tenth's question,
-  and for the attack, of which the eleventh has two kinds on several pairs.
+  for pairs, of which rows of the eleventh and twelfth have several, and for the
+  attack, of which the eleventh has two kinds.
   """
   for row in make(BASES).rows:
     configs_of = [cell.config for cell in row.cells.values()]
@@ -103,8 +104,8 @@ def test_other_ways_of_cleansing_begin_with_the_same_model(number, make):
       model = cell.config.training()
       if number == 10:
         model["client_holdout"] = 0
-      # As in "gain two/9 → 0".
-      group = name.partition(" ")[2] if number == 11 else ""
+      # As in "gain two/9 → 0", and "gain/9 → 0".
+      group = name.partition(" " if number == 11 else "/")[2]
       groups.setdefault(group, []).append(model)
     for models in groups.values():
       assert all(one == models[0] for one in models)
