@@ -207,7 +207,7 @@ def multi_krum(share: float = 0.2) -> Aggregator:
     chosen = chosen[: len(weights) - malicious]
     shares = jnp.zeros_like(weights).at[chosen].set(1 / len(chosen))
     # Or what is not finite would come in at a share of 0, too.
-    known, _ = _finite_rows(updates)
+    known, _ = finite_rows(updates)
     return weighted_sum(known, shares), state
 
   return Aggregator(init=lambda params: (), update=update)
@@ -252,7 +252,7 @@ def geometric_median(steps: int = 8) -> Aggregator:
 
   def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
     del weights
-    known, finite = _finite_rows(updates)
+    known, finite = finite_rows(updates)
     start, _ = median().update(known, finite, ())
     *_, found = lax.fori_loop(0, steps, _weiszfeld, (known, finite, start))
     return found, state
@@ -260,6 +260,8 @@ def geometric_median(steps: int = 8) -> Aggregator:
   return Aggregator(init=lambda params: (), update=update)
 
 
+# Cosine distances below it are rounding.
+_SAME = 1e-6
 # Distances below it count as it: ν, the usual value.
 _SMOOTHING = 1e-6
 
@@ -294,7 +296,7 @@ def norm_clipping() -> Aggregator:
   """
 
   def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
-    known, finite = _finite_rows(updates)
+    known, finite = finite_rows(updates)
     mean, _ = _clipped_mean(known, finite, jnp.full_like(weights, 1))
     return mean, state
 
@@ -337,8 +339,9 @@ def flame(noise: float = 0.001) -> Aggregator:
   Updates are clustered by the cosine distances between them; those outside the
   majority's cluster are left out, as are updates that are not finite. The rest
   are clipped to the median norm of all, as in `norm_clipping`. To every
-  parameter of their mean, but for batch normalisation's running statistics,
-  Gaussian noise is added, whose deviation is a share of that norm.
+  parameter of their mean Gaussian noise is added, whose deviation is a share of
+  that norm. Batch normalisation's running statistics are no part of directions
+  and get no noise.
 
   Where clients hold few labels each, the majority is of those that hold like
   ones.
@@ -348,7 +351,7 @@ def flame(noise: float = 0.001) -> Aggregator:
 
   Returns:
     The aggregator; it needs all updates at once. Its state is a random key,
-    the same in every run.
+    drawn from the bits of the model that it begins with.
 
   References:
     FLAME: Taming Backdoors in Federated Learning (Nguyen et al., USENIX
@@ -358,12 +361,19 @@ def flame(noise: float = 0.001) -> Aggregator:
 
   def update(updates: Params, weights: Array, state: Any) -> tuple[Params, Any]:
     del weights
-    known, finite = _finite_rows(updates)
-    inner = _inner_products(known)
+    known, finite = finite_rows(updates)
+    steps = [
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(known)
+      if not models.is_running_statistic(path)
+    ]
+    inner = _inner_products(steps)
     norms = jnp.sqrt(jnp.diagonal(inner))
     lengths = norms[:, None] * norms[None]
     # No direction is orthogonal to all.
     distances = 1 - inner / jnp.where(lengths, lengths, 1)
+    # Or rounding would tell equal directions apart.
+    distances = jnp.where(distances < _SAME, 0, distances)
     both = finite[:, None] * finite[None] > 0
     members = _densest_majority(
       jnp.where(both, distances, jnp.inf), (finite > 0).sum() // 2 + 1
@@ -386,12 +396,20 @@ def flame(noise: float = 0.001) -> Aggregator:
       )
     return mean, state
 
-  return Aggregator(init=lambda params: jax.random.PRNGKey(0), update=update)
+  def init(params: Params) -> Array:
+    # Another seed, or another model to tune, gets other noise.
+    total = jnp.stack([leaf.sum() for leaf in jax.tree.leaves(params)]).sum()
+    bits = lax.bitcast_convert_type(total.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(jax.random.PRNGKey(0), bits)
+
+  return Aggregator(init=init, update=update)
 
 
 @jax.jit
 def _densest_majority(distances: Array, majority: Array) -> Array:
   """Which of some things are in the first cluster that is a majority.
+
+  For hundreds of things it takes a part of a second.
 
   Clusters grow by single linkage: things that a chain of distances below a
   bound connects are one. The bound rises until a cluster is large enough. That
@@ -405,8 +423,7 @@ def _densest_majority(distances: Array, majority: Array) -> Array:
     majority: how many are enough.
 
   Returns:
-    bool [things]; all of those that belong to something, at least, if they are
-    not enough.
+    bool [things]; if no cluster is ever large enough, the largest there is.
   """
   count = len(distances)
   bounds = jnp.sort(jnp.where(jnp.isfinite(distances), distances, 4).ravel())
@@ -475,8 +492,16 @@ def _squared_norms(updates: Params) -> Array:
   return jnp.stack(norms).sum(axis=0)
 
 
-def _finite_rows(updates: Params) -> tuple[Params, Array]:
-  """Updates, zero where a client's are not all finite; float32 [cohort]."""
+def finite_rows(updates: Params) -> tuple[Params, Array]:
+  """What is known of updates.
+
+  Args:
+    updates: each leaf [cohort, ...].
+
+  Returns:
+    The updates, zero where a client's are not all finite or its norm is not,
+    and float32 [cohort], 1 where they are.
+  """
   finite = jnp.isfinite(_squared_norms(updates))
   known = jax.tree.map(
     lambda leaf: jnp.where(

@@ -115,13 +115,15 @@ class RememberHook(Protocol):
   def __call__(self, benign: Params) -> Any:
     """Of what benign clients sent, what is kept.
 
-    Attackers know the global model before and after a round, and what they
-    sent themselves.
+    Where the server's rule is a weighted sum, attackers know that from the
+    global model before and after the round, and what they sent themselves;
+    under another rule they are granted it.
 
     Args:
       benign: the mean update of a round's clients that did not attack, each
-        weighed as the server does if its rule is a weighted sum; zeros before
-        the first round, and where all attack.
+        weighed as the server does if its rule is a weighted sum; under another
+        rule, without those that are not finite. Zeros before the first round,
+        and where all attack.
 
     Returns:
       A pytree of arrays, always of the same shapes.
@@ -278,22 +280,18 @@ def chain(*attacks: Attack) -> Attack:
       params = change(params)
     return params
 
-  remembers = any(attack.remember is not None for attack in attacks)
+  hooks = [one.remember for one in attacks if one.remember is not None]
 
-  def remember(benign: Params) -> tuple[Any, ...]:
-    return tuple(
-      None if attack.remember is None else attack.remember(benign)
-      for attack in attacks
-    )
+  def remember(benign: Params) -> Any:
+    kept = tuple(hook(benign) for hook in hooks)
+    # Chained with attacks that remember nothing, it stays what it is.
+    return kept if len(kept) > 1 else kept[0]
 
-  def local(
-    params: Params, start: Params, memories: tuple[Any, ...] = ()
-  ) -> Params:
-    for attack, memory in zip(
-      attacks, memories or [None] * len(attacks), strict=True
-    ):
+  def local(params: Params, start: Params, *memory: Any) -> Params:
+    kept = iter(memory if len(hooks) < 2 else memory[0])
+    for attack in attacks:
+      own = () if attack.remember is None else (next(kept),)
       if attack.local is not None:
-        own = () if attack.remember is None else (memory,)
         params = attack.local(params, start, *own)
     return params
 
@@ -322,7 +320,7 @@ def chain(*attacks: Attack) -> Attack:
     local if any(attack.local is not None for attack in attacks) else None,
     start if starts else None,
     loss if terms else None,
-    remember if remembers else None,
+    remember if hooks else None,
     rowwise=all(attack.rowwise for attack in attacks),
     wants_triggered=any(attack.wants_triggered for attack in attacks),
   )
@@ -664,28 +662,29 @@ def neurotoxin(share: float) -> Attack:
 
   References:
     Neurotoxin: Durable Backdoors in Federated Learning (Zhang, Panda, Song,
-    Yang, Mahoney, Gonzalez, Ramchandran, Mittal, ICML 2022), Algorithm 1, of
-    which the last global update is here what benign clients have in it: an
-    attacker that is amplified would keep away from its own backdoor.
+    Yang, Mahoney, Gonzalez, Ramchandran, Mittal, ICML 2022), Algorithm 1. The
+    last global update that is looked at there is here what benign clients sent
+    (see `RememberHook`): an attacker that is amplified would keep away from its
+    own backdoor.
   """
 
   def remember(benign: Params) -> Params:
-    counted = [
-      jnp.abs(leaf).ravel()
-      for path, leaf in jax.tree_util.tree_leaves_with_path(benign)
-      if not models.is_running_statistic(path)
-    ]
-    # What is not a number is nothing that was changed most.
-    sizes = jnp.nan_to_num(jnp.concatenate(counted).astype(jnp.float32))
-    bound = _exceeded_by(sizes, round(share * len(sizes)))
-    return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: (
-        jnp.abs(leaf) > bound
+    def size(path: tuple[Any, ...], leaf: Array) -> Array:
+      # What is not finite is nothing that was changed most.
+      counts = jnp.isfinite(leaf) & (not models.is_running_statistic(path))
+      return jnp.where(counts, jnp.abs(leaf), 0).astype(jnp.float32)
+
+    sizes = jax.tree_util.tree_map_with_path(size, benign)
+    leaves = jax.tree_util.tree_leaves_with_path(sizes)
+    counted = jnp.concatenate(
+      [
+        leaf.ravel()
+        for path, leaf in leaves
         if not models.is_running_statistic(path)
-        else jnp.zeros(leaf.shape, bool)
-      ),
-      benign,
+      ]
     )
+    bound = _exceeded_by(counted, round(share * len(counted)))
+    return jax.tree.map(lambda leaf: leaf > bound, sizes)
 
   def local(params: Params, start: Params, held: Params) -> Params:
     return jax.tree.map(jnp.where, held, start, params)

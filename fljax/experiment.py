@@ -448,6 +448,9 @@ def _attack(config: Config, model: models.Model) -> attacks.Attack:
 def _adaptive(model: models.Model, config: Config) -> list[attacks.Attack]:
   """The attacks that know the network, the defence or the others."""
   adaptive = []
+  if config.attacker_neurotoxin:
+    # First: what others keep within their limits is not put back.
+    adaptive.append(attacks.neurotoxin(config.attacker_neurotoxin))
   if config.avoided_neurons:
     try:
       adaptive.append(attacks.pruning_aware(model, config.avoided_neurons))
@@ -460,8 +463,6 @@ def _adaptive(model: models.Model, config: Config) -> list[attacks.Attack]:
     adaptive.append(attacks.self_limited(model, config.attacker_limit))
   if config.attacker_gain:
     adaptive.append(attacks.gain_limited(model, config.attacker_gain))
-  if config.attacker_neurotoxin:
-    adaptive.append(attacks.neurotoxin(config.attacker_neurotoxin))
   if config.attacker_latent:
     adaptive.append(
       attacks.latent_backdoor(

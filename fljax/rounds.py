@@ -122,7 +122,7 @@ def init_state(
   params = jax.jit(model.init)(key)
   memory: Any = ()
   if attack is not None and attack.remember is not None:
-    memory = attack.remember(jax.tree.map(jnp.zeros_like, params))
+    memory = jax.jit(attack.remember)(jax.tree.map(jnp.zeros_like, params))
   return ServerState(
     params=params,
     neuron_mask=jnp.ones(model.neurons, bool),
@@ -206,7 +206,8 @@ def make_round(
 
   Raises:
     errors.ConfigError: the chunk is below 0; or, by the round, the cohort is
-      larger than the federation.
+      larger than the federation, or the attack remembers and the state was made
+      without it.
 
   References:
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
@@ -258,6 +259,13 @@ def make_round(
     weights = counts[: cohort.num_clients].astype(jnp.float32)
     common: tuple[Any, ...] = (state.params, state.neuron_mask, client_key)
     if remember is not None:
+      known = jax.eval_shape(remember, state.params)
+      wanted: Any = jax.tree.structure(known)
+      if wanted != jax.tree.structure(state.memory):
+        raise errors.ConfigError(
+          "the server's state was made without the attack, which remembers:"
+          " give it to init_state."
+        )
       common = (*common, state.memory)
     benign = (~active[: cohort.num_clients]).astype(jnp.float32)
     memory = state.memory
@@ -276,8 +284,15 @@ def make_round(
       )
       if remember is not None:
         others = _without(updates, active[: cohort.num_clients])
-        total = aggregators.weighted_sum(others, benign)
-        memory = remember(_over(total, benign.sum()))
+        shares = benign
+        if aggregator.shares is not None:
+          shares *= aggregator.shares(weights)
+        else:
+          # One that is not finite stops no rule that withstands it.
+          others, finite = aggregators.finite_rows(others)
+          shares *= finite
+        total = aggregators.weighted_sum(others, shares)
+        memory = remember(_over(total, shares.sum()))
       updates = attack.updates(
         updates,
         parallel.without_padding(cohort),

@@ -300,7 +300,7 @@ def _shapes(driver: driving.Driver) -> Any:
   """What has to be the same for experiments to be stacked."""
   own = (driver.state, _own(driver))
   leaves, tree = jax.tree.flatten(own)
-  return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+  return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def _own(driver: driving.Driver) -> Rows:
@@ -843,34 +843,63 @@ def _train_together(
   training = [drivers[name] for name in names]
   if len(training) < 2:
     return
-  why = None
+  why = ""
+  alike: dict[Any, list[str]] = {}
   if training[0].experiment.mesh is not None:
     why = "clients are spread over several devices"
   elif isinstance(training[0].experiment.federation, populations.Population):
     why = "clients are on the host"
-  elif any(_shapes(driver) != _shapes(training[0]) for driver in training):
-    why = "their clients have unequal numbers of images"
   else:
-    over = over or execution.plan_for().sweep
-    console.say(
-      f"{len(training)} experiments are trained as one program,"
-      f" {'all at once' if over == 'vmap' else 'one by one in it'}"
-    )
-    try:
-      diverged = _train(training, console, stop, over=over, path=path)
-    except _DoesNotFitError as error:
-      why = str(error)
-    except NotImplementedError as error:
-      # A part of a user's own that has no batched form.
-      why = errors.first_line(error)
-    else:
-      for index, reason in diverged.items():
-        console.say(f"{names[index]}: {reason}")
-        failed[names[index]] = reason
-    finally:
-      console.stop()
-  if why is not None:
+    for name in names:
+      alike.setdefault(_shapes(drivers[name]), []).append(name)
+    if len(alike) == len(names):
+      why = (
+        "their clients have unequal numbers of images, or one's trigger is"
+        " blended and another's is not"
+      )
+  if why:
     console.say(f"the experiments run one after another: {why}")
+    return
+  for group in alike.values():
+    if len(group) > 1:
+      own = {name: drivers[name] for name in group}
+      failed.update(_train_alike(own, console, stop, over=over, path=path))
+
+
+def _train_alike(
+  drivers: dict[str, driving.Driver],
+  console: consoles.Console,
+  stop: driving.Stop,
+  *,
+  over: str | None,
+  path: str,
+) -> dict[str, errors.DivergedError]:
+  """Trains as one program what can be stacked, or says why not.
+
+  Returns:
+    Those that diverged.
+  """
+  names = [*drivers]
+  over = over or execution.plan_for().sweep
+  console.say(
+    f"{len(names)} experiments are trained as one program,"
+    f" {'all at once' if over == 'vmap' else 'one by one in it'}"
+  )
+  try:
+    diverged = _train([*drivers.values()], console, stop, over=over, path=path)
+  except _DoesNotFitError as error:
+    why = str(error)
+  except NotImplementedError as error:
+    # A part of a user's own that has no batched form.
+    why = errors.first_line(error)
+  else:
+    for index, reason in diverged.items():
+      console.say(f"{names[index]}: {reason}")
+    return {names[index]: reason for index, reason in diverged.items()}
+  finally:
+    console.stop()
+  console.say(f"the experiments run one after another: {why}")
+  return {}
 
 
 def _to_host(experiment: experiments.Experiment) -> experiments.Experiment:

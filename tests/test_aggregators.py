@@ -275,6 +275,18 @@ def test_flame_leaves_out_who_looks_elsewhere(seed, clients):
   )
 
 
+@given(seed=st.integers(0, 99), clients=st.sampled_from([4, 10, 19]))
+def test_rounding_does_not_tell_like_directions_apart(seed, clients):
+  rng = np.random.default_rng(seed)
+  direction = rng.normal(size=10_000)
+  lengths = rng.uniform(1, 3, (clients, 1))
+  updates = {"w": jnp.asarray(lengths * direction, jnp.float32)}
+  rule = aggregators.flame(noise=0)
+  found, _ = rule.update(updates, jnp.ones(clients), rule.init(updates))
+  kept = np.minimum(lengths, np.median(lengths)).mean()
+  np.testing.assert_allclose(found["w"], kept * direction, rtol=1e-4)
+
+
 def test_flames_noise_is_a_share_of_the_median_norm():
   updates = {
     "w": jnp.ones((5, 100, 100)),
@@ -289,8 +301,24 @@ def test_flames_noise_is_a_share_of_the_median_norm():
   # 10,000 ones are 100 long.
   assert noise.std() == pytest.approx(1, rel=0.05)
   assert abs(noise.mean()) < 0.05
-  assert abs(np.corrcoef(noise.ravel(), np.ravel(again["w"]))[0, 1]) < 0.05
+  # Another one in the next round, and from another model on.
+  other = rule.init(jax.tree.map(lambda leaf: 2 * leaf, updates))
+  elsewhere, _ = rule.update(updates, jnp.ones(5), other)
+  for one in (again, elsewhere):
+    assert abs(np.corrcoef(noise.ravel(), np.ravel(one["w"]))[0, 1]) < 0.05
   chex.assert_trees_all_equal(noisy["batch_stats"], mean["batch_stats"])
+
+
+def test_running_statistics_are_no_direction_to_flame():
+  # Three of five look one way, whatever their statistics, which agree with
+  # those of another one in two.
+  steps = jnp.asarray([[1.0, 0.1], [1.0, 0.0], [1.0, 0.2], [0.0, 1], [0, -1]])
+  statistics = jnp.asarray([[9.0], [-9.0], [9.0], [-9.0], [9.0]])
+  updates = {"w": steps, "batch_stats": {"norm": {"mean": statistics}}}
+  rule = aggregators.flame(noise=0)
+  found, _ = rule.update(updates, jnp.ones(5), rule.init(updates))
+  np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], [3.0])
+  assert float(found["w"][0]) > 0.9
 
 
 @given(seed=st.integers(0, 99), clients=st.sampled_from([1, 2, 5, 10]))

@@ -598,8 +598,10 @@ def test_neurotoxin_leaves_alone_what_benign_clients_change_most(share, seed):
   nothing = attack.remember(jax.tree.map(jnp.zeros_like, benign))
   assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
   # Nor does what is not finite stop the attack.
-  broken = attack.remember({**benign, "w": jnp.full((10, 6), jnp.nan)})
-  assert not broken["w"].any()
+  for other in (jnp.nan, jnp.inf):
+    broken = attack.remember({**benign, "w": jnp.full((10, 6), other)})
+    assert not broken["w"].any()
+    assert int(broken["b"].sum()) == min(round(share * 100), 40)
 
 
 def test_a_chain_hands_each_attack_its_own_memory():
@@ -621,6 +623,12 @@ def test_a_chain_hands_each_attack_its_own_memory():
   outer = attacks.chain(plain, chained)
   memory = outer.remember(jnp.float32(3))
   assert float(outer.local(jnp.float32(1), None, memory)) == 430
+  # With such as remember nothing, it is the same: in fine-tuning attackers may
+  # hide, too.
+  chex.assert_trees_all_equal(
+    attacks.chain(chained, attacks.within_benign(1.0)).remember(jnp.float32(3)),
+    chained.remember(jnp.float32(3)),
+  )
   forgetful = attacks.chain(plain, attacks.Attack())
   assert forgetful.remember is None
   assert float(forgetful.local(jnp.float32(1), None)) == 10

@@ -349,7 +349,8 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
       "model": "tiny_bn",
       "trigger": "blended",
       "attacker_neurotoxin": 0.1,
-      "aggregation": "trimmed_mean",
+      "fine_tune_aggregation": "flame",
+      "fine_tune_stealth": 1.0,
     },
     {
       "num_attackers": 2,
@@ -900,7 +901,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 
 def test_what_attackers_remember_outlives_an_interruption(config, monkeypatch):
-  config = _with(config, attacker_neurotoxin=0.3, cleanse="ft", rounds=4)
+  # And the state of a rule that has one.
+  config = _with(
+    config,
+    attacker_neurotoxin=0.3,
+    aggregation="flame",
+    cleanse="ft",
+    rounds=4,
+  )
   experiment.run(config, quiet=True)
   broken = _with(config, workdir=config.workdir + "-broken")
   save, saved = workdirs.Workdir.save, []

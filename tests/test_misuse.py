@@ -174,6 +174,12 @@ def test_labels_may_be_a_list_and_nothing_may_be_there():
       "cohort of 5 clients is more than the 4",
     ),
     (
+      lambda m, p: make_round(m, attacks.neurotoxin(0.1))(
+        make_state(m), make_federation()[0], KEY
+      ),
+      "made without the attack, which remembers",
+    ),
+    (
       lambda m, p: rounds.make_streamed_block(
         m, make_round(m, attacks.Attack()), 5
       )(

@@ -113,13 +113,20 @@ def test_permuting_clients_changes_nothing(model, cohort):
     _close(after.params, before.params)
 
 
-@pytest.mark.parametrize("rule", ["mean", "weighted", "median"])
+@pytest.mark.parametrize(
+  "rule, rowwise",
+  [("mean", True), ("weighted", True), ("weighted", False), ("median", True)],
+)
 @pytest.mark.parametrize("cohort", [0, 3])
-def test_attackers_remember_what_benign_clients_sent(model, rule, cohort):
+def test_attackers_remember_what_benign_clients_sent(
+  model, rule, rowwise, cohort
+):
   """Whatever the attackers sent, and only those of the round's cohort."""
   federation, poisoning = make_federation(clients=5, attackers=2, gamma=9.0)
   federation = federation.replace(mask=federation.mask.at[3, 6:].set(False))
-  attack = attacks.chain(poisoning, attacks.Attack(remember=lambda sent: sent))
+  attack = attacks.chain(
+    poisoning, attacks.Attack(remember=lambda sent: sent, rowwise=rowwise)
+  )
   run = make_round(
     model,
     attack,
@@ -143,19 +150,36 @@ def test_attackers_remember_what_benign_clients_sent(model, rule, cohort):
   )
   alone, _ = make_round(model, aggregator=weighs)(before, benign, KEY)
   sent = jax.tree.map(jnp.subtract, alone.params, before.params)
-  # No chain of attacks remembers but the last one.
-  *nothing, known = after.memory
-  assert not jax.tree.leaves(nothing)
-  _close(known, sent)
+  _close(after.memory, sent)
 
 
-def test_where_all_attack_nothing_is_remembered(model):
-  federation, poisoning = make_federation(attackers=4)
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_where_all_attack_nothing_is_remembered(model, rule):
+  federation, poisoning = make_federation(attackers=4, start=1)
   attack = attacks.chain(poisoning, attacks.Attack(remember=lambda sent: sent))
-  run = make_round(model, attack)
-  after, _ = run(make_state(model, attack=attack), federation, KEY)
-  for leaf in jax.tree.leaves(after.memory):
-    assert not leaf.any()
+  run = jax.jit(
+    make_round(
+      model, attack, aggregator=aggregators.build(rule, trim=0), client_chunk=2
+    )
+  )
+  first, _ = run(make_state(model, attack=attack), federation, KEY)
+  second, _ = run(first, federation, KEY)
+  for before, after in zip(
+    *map(jax.tree.leaves, (first.memory, second.memory)), strict=True
+  ):
+    assert before.any() and not after.any()
+
+
+def test_a_client_that_diverges_is_not_remembered(model):
+  federation, poisoning = make_federation(clients=5, attackers=1)
+  broken = federation.replace(rate=federation.rate.at[2].set(jnp.nan))
+  attack = attacks.chain(poisoning, attacks.Attack(remember=lambda sent: sent))
+  run = jax.jit(make_round(model, attack, aggregator=aggregators.median()))
+  state = make_state(model, attack=attack)
+  known, _ = run(state, broken, KEY)
+  others = federations.select(federation, jnp.asarray([0, 1, 3, 4]))
+  expected, _ = run(state, others, KEY)
+  _close(known.memory, expected.memory)
 
 
 def test_attackers_send_no_change_of_what_they_leave_alone(model):
@@ -171,7 +195,7 @@ def test_attackers_send_no_change_of_what_they_leave_alone(model):
     model, attack, aggregator=aggregators.Aggregator(lambda params: (), spied)
   )
   first, _ = run(make_state(model, attack=attack), federation, KEY)
-  *_, held = first.memory
+  held = first.memory
   run(first, federation, KEY)
   number = sum(int(leaf.sum()) for leaf in jax.tree.leaves(held))
   size = sum(leaf.size for leaf in jax.tree.leaves(held))

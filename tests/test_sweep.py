@@ -355,9 +355,12 @@ def test_other_rules_and_data_leave_what_single_runs_leave(
 
   monkeypatch.setattr(programs, "FORGET_EVERY", 9)
   monkeypatch.setattr(jax, "clear_caches", clearing)
-  config = _config(folder, "kinds", rounds=2, cleanse="fp")
+  # A rule with a state, and attackers who remember.
+  config = _config(
+    folder, "kinds", rounds=2, cleanse="fp", attacker_neurotoxin=0.1
+  )
   text = (
-    "aggregation=mean,median;seed=0,1;cleanse=fp,aw;"
+    "aggregation=mean,flame;seed=0,1;cleanse=fp,aw;"
     f"dataset={config.dataset},{other}"
   )
   found = sweep.expand(config, text)
@@ -372,10 +375,10 @@ def test_other_rules_and_data_leave_what_single_runs_leave(
   assert len(forgotten) == 1
   monkeypatch.undo()
   text = summary.compared(outcome.results)
-  assert "aggregation=median cleanse=aw" in text
+  assert "aggregation=flame cleanse=aw" in text
   for name, one in found.items():
     # One that was trained beside another, and one of a taken model.
-    if one.seed == 1 and one.dataset == str(other) and "=median" in name:
+    if one.seed == 1 and one.dataset == str(other) and "=flame" in name:
       alone = dataclasses.replace(one, workdir=f"{one.workdir} alone")
       experiment.run(alone, quiet=True)
       ours, theirs = (
@@ -558,6 +561,17 @@ def test_clients_of_unequal_size_run_one_after_another(folder, capsys):
   outcome = sweep.run(sweep.expand(config, "seed=0,1"))
   assert "unequal numbers of images" in capsys.readouterr().err
   assert len(outcome.results) == 2
+
+
+def test_those_that_can_be_stacked_are_one_program(folder, capsys):
+  """A blended trigger has an opacity where others have a mask."""
+  config = _config(folder, "triggers", rounds=1, cleanse="")
+  text = "trigger=pixel3,blended;seed=0,1"
+  outcome = sweep.run(sweep.expand(config, text))
+  told = capsys.readouterr().err
+  assert told.count("2 experiments are trained as one program") == 2
+  assert "one after another" not in told
+  assert len(outcome.results) == 4 and not outcome.failed
 
 
 # --- interruptions -----------------------------------------------------------

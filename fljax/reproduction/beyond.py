@@ -418,17 +418,17 @@ def beyond_11(bases: Bases) -> Table:
     "beyond-11",
     "Beyond the paper: other rules of aggregation in training, MNIST",
     "Means over pairs of victim 9. Every row is trained by another rule, which"
-    " is told that two of ten clients may be malicious: one is, or two (with"
-    " 1,500 images per client). Krum is the one update nearest to most others,"
-    " Multi-Krum the mean of the eight that are; norm clipping averages updates"
-    " no longer than the median one, FLAME of these those alone that a majority"
-    " of like direction sends, and adds a little noise; by the robust learning"
-    " rate a parameter moves away from the mean where the signs of ten clients'"
-    " updates sum up to less than four. FP by gain, and AW+FT, trimmed: as in"
-    " the tables above, after that training. All else is the flagfile's, which"
-    " was calibrated for the mean: neither the attack nor the rate was fitted"
-    " to another rule. That two attackers would be of interest was seen on a"
-    " calibration seed, with norm clipping.",
+    " is told, if it asks, that two of ten clients may be malicious: one is,"
+    " or two (with 1,500 images per client). Krum is the one update nearest to"
+    " most others, Multi-Krum the mean of the eight that are; norm clipping"
+    " scales updates down to the median length, and so does FLAME, which"
+    " leaves out those whose direction is not a majority's, and adds a little"
+    " noise; by the robust learning rate a parameter moves away from the mean"
+    " where the signs of ten clients' updates sum up to less than four. FP by"
+    " gain, and AW+FT, trimmed: as in the tables above, after that training."
+    " All else is the flagfile's, which was calibrated for the mean: neither"
+    " the attack nor the rate was fitted to another rule. That two attackers"
+    " would be of interest was seen on a calibration seed, with norm clipping.",
     _RULES_COLUMNS,
     tuple(
       Row(label, cells(rule), (None,) * len(_RULES_COLUMNS))
