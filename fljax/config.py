@@ -429,6 +429,14 @@ class Config:
     low=0,
     high=1000,
   )
+  attacker_stealth: float = _setting(
+    0.0,
+    "Standard deviations from the benign updates' mean within which attackers"
+    " keep each parameter of what they send, amplified or not, so that rules"
+    " against outliers find none (A Little Is Enough); 0 sets no limit.",
+    low=0,
+    high=1000,
+  )
   attacker_neurotoxin: float = _setting(
     0.0,
     "Share of all parameters, those that benign clients changed most in the"
@@ -563,9 +571,7 @@ class Config:
   )
   fine_tune_stealth: float = _setting(
     0.0,
-    "Standard deviations from the benign updates' mean within which attackers"
-    " keep each parameter of what they send in fine-tuning, as in A Little Is"
-    " Enough; 0 sets no limit.",
+    "--attacker_stealth in fine-tuning alone; 0 is as in training.",
     low=0,
     high=1000,
     cleansing=True,
@@ -914,8 +920,9 @@ class Config:
       differs["aggregation"] = rule
       if given := self.parameters_of("aggregator", rule):
         differs["parameters"] = tuple(sorted(given.items()))
-    if self.fine_tune_stealth and self.num_attackers:
-      differs["stealth"] = self.fine_tune_stealth
+    hidden = self.fine_tune_stealth
+    if hidden and hidden != self.attacker_stealth and self.num_attackers:
+      differs["stealth"] = hidden
     return differs
 
   @property

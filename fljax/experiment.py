@@ -383,8 +383,9 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
   config, model, plan = kind.config, kind.model, kind.plan
   tuning = dict(kind.tuning)
   attack = _attack(config, model)
-  if "stealth" in tuning:
-    attack = attacks.chain(attack, attacks.within_benign(tuning["stealth"]))
+  stealth = tuning.get("stealth", config.attacker_stealth)
+  if stealth and config.num_attackers:
+    attack = attacks.chain(attack, attacks.within_benign(stealth))
   chunk = config.client_chunk
   on_host = config.population == "host"
   run_round = rounds.make_round(

@@ -282,7 +282,9 @@ def test_runs_of_one_structure_share_their_programs(config):
   assert raw.block is not first.block and raw.model is not first.model
 
 
-def test_attackers_hide_in_fine_tuning_alone(config, monkeypatch):
+def test_attackers_hide_in_training_or_in_fine_tuning_alone(
+  config, monkeypatch
+):
   hidden = []
 
   def within_benign(spread):
@@ -299,6 +301,20 @@ def test_attackers_hide_in_fine_tuning_alone(config, monkeypatch):
     state = hiding.init_state()
     jax.eval_shape(block, state, hiding.federation, hiding.key, 1, {})
     assert sorted(set(hidden)) == expected
+  # In training as well, and there otherwise.
+  hidden.clear()
+  both = experiment.setup(
+    _with(config, attacker_stealth=0.5, fine_tune_stealth=1.5)
+  )
+  for block, expected in ((both.block, [0.5]), (both.tuning_block, [0.5, 1.5])):
+    state = both.init_state()
+    jax.eval_shape(block, state, both.federation, both.key, 1, {})
+    assert sorted(set(hidden)) == expected
+  for alike in (0.0, 0.5):
+    made = experiment.setup(
+      _with(config, attacker_stealth=0.5, fine_tune_stealth=alike)
+    )
+    assert made.tuning_block is made.block
   nobody = _with(config, fine_tune_stealth=1.5, num_attackers=0)
   made = experiment.setup(nobody)
   assert made.tuning_block is made.block
