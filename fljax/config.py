@@ -473,13 +473,15 @@ class Config:
   cleanse: str = _setting(
     "fp,ft,aw",
     "Phases after training, in order: fp (federated pruning), ft"
-    " (fine-tuning), aw (adjusting extreme weights); or, to compare with, what"
-    " the server does alone with its own images: nc-prune and nc-unlearn"
-    " (Neural Cleanse), fine-pruning, fst (Feature Shift Tuning); and nc-oracle"
-    " (Neural Cleanse told the target label, on the test images, the best of"
-    " several by AA), or a defence of your own (--extensions). Each is applied"
-    " to the trained model if only such are named."
-    " ft and aw may come again, as in fp,aw,ft,aw. Empty for none.",
+    " (fine-tuning), aw (adjusting extreme weights); or, beyond the paper,"
+    " ffst (Feature Shift Tuning in rounds with all clients, attackers among"
+    " them); or, to compare with, what the server does alone with its own"
+    " images: nc-prune and nc-unlearn (Neural Cleanse), fine-pruning, fst"
+    " (Feature Shift Tuning); and nc-oracle (Neural Cleanse told the target"
+    " label, on the test images, the best of several by AA), or a defence of"
+    " your own (--extensions). Each is applied to the trained model if only"
+    " such are named. ft and aw may come again, as in fp,aw,ft,aw. Empty for"
+    " none.",
     cleansing=True,
   )
   pruning: str = _setting(
@@ -665,10 +667,17 @@ class Config:
     high=0.9,
     cleansing=True,
   )
+  fst_rounds: int = _setting(
+    80,
+    "Rounds of ffst; the best is kept, as in fine-tuning. Its rule, rate and"
+    " attackers are those of fine-tuning.",
+    low=1,
+    cleansing=True,
+  )
   fst_weight: float = _setting(
     0.1,
-    "Feature Shift Tuning: how strongly the last layer is kept from what it"
-    " was (α).",
+    "Feature Shift Tuning (fst, ffst): how strongly the last layer is kept from"
+    " what it was (α).",
     low=0,
     high=1000,
     cleansing=True,

@@ -37,6 +37,7 @@ from fljax import population as populations
 from fljax import rounds
 from fljax import triggers
 from fljax import workdir as workdirs
+from fljax.baselines import feature_shift
 from fljax.baselines import neural_cleanse
 from fljax.baselines import phases
 from fljax.cleanse import pipeline
@@ -402,7 +403,12 @@ class Driver:
 
   def _phase(self, name: str, kind: str, state: Any) -> Any:
     started = time.perf_counter()
-    run_phase = {"fp": self._prune, "ft": self._fine_tune, "aw": self._adjust}
+    run_phase = {
+      "fp": self._prune,
+      "ft": self._fine_tune,
+      "aw": self._adjust,
+      "ffst": self._shift_features,
+    }
     self._deciding, teaching = self._server_images(name)
     if kind in run_phase:
       state, facts, curve = run_phase[kind](name, state)
@@ -586,6 +592,44 @@ class Driver:
     self, name: str, state: Any
   ) -> tuple[Any, dict[str, Any], Any]:
     """Federated fine-tuning (FT), attackers included."""
+    config = self.config
+    return self._tune(
+      name,
+      state,
+      self.experiment.tuning_block,
+      config.fine_tune_rounds,
+      patience=config.fine_tune_patience,
+      enough=self._enough(),
+    )
+
+  def _shift_features(
+    self, name: str, state: Any
+  ) -> tuple[Any, dict[str, Any], Any]:
+    """Feature Shift Tuning by all clients, attackers included."""
+    config, experiment = self.config, self.experiment
+    key = jax.random.fold_in(jax.random.key(config.seed), 7)
+    params, before = feature_shift.redrawn(
+      experiment.model, state.params, *jax.random.split(key)
+    )
+    state = state.replace(params=params, told=before)
+    assert experiment.shift_block is not None
+    after, facts, lines = self._tune(
+      name,
+      parallel.replicate(state, experiment.mesh),
+      experiment.shift_block,
+      config.fst_rounds,
+    )
+    return after.replace(told=()), facts, lines
+
+  def _tune(
+    self,
+    name: str,
+    state: Any,
+    block: rounds.Block,
+    most: int,
+    **until: Any,
+  ) -> tuple[Any, dict[str, Any], Any]:
+    """Rounds with everybody, of which the best is kept (`fine_tune`)."""
     config, experiment = self.config, self.experiment
     rate = config.fine_tune_learning_rate or config.last_learning_rate
     federation = populations.for_fine_tuning(
@@ -605,10 +649,10 @@ class Driver:
         return
       self.console.advance(done, line["test_accuracy"], line["attack_success"])
       # Nothing of this phase is saved before its end; it is short.
-      if done < config.fine_tune_rounds:
+      if done < most:
         self._check_stop()
 
-    self.console.start(name, config.fine_tune_rounds, 0)
+    self.console.start(name, most, 0)
     examples = experiment.examples
     # The round that is kept is chosen by it: not where clients decide.
     examples.pop("validation", None)
@@ -619,20 +663,19 @@ class Driver:
       # Another rule begins anew; the same one goes on from training.
       state = state.replace(aggregator=experiment.init_tuning(state.params))
     tuned = pipeline.fine_tune(
-      experiment.tuning_block,
+      block,
       state,
       federation,
       experiment.key,
-      rounds=config.fine_tune_rounds,
-      patience=config.fine_tune_patience,
-      enough=self._enough(),
-      reported=self._reported_rounds(config.fine_tune_rounds),
+      rounds=most,
+      reported=self._reported_rounds(most),
       examples=examples,
       on_round=tell,
+      **until,
     )
     if tuned.bad_round:
       raise errors.DivergedError(
-        f"fine-tuning became not finite in its round {tuned.rounds}: lower"
+        f"{name} became not finite in its round {tuned.rounds}: lower"
         " --fine_tune_learning_rate or --fine_tune_gamma in another --workdir,"
         " with --trained_in=this one, or limit gradients by"
         " --gradient_clip=1. The last good checkpoint, of"
@@ -1008,7 +1051,7 @@ def course(phases: tuple[str, ...]) -> list[tuple[str, str, bool]]:
     ("+".join(phases[: index + 1]), kind, False)
     for index, kind in enumerate(phases)
   ]
-  if phases == pipeline.PHASES:
+  if phases == pipeline.WHOLE:
     steps[-1] = ("all", "aw", False)
     steps.insert(1, ("fp+aw", "aw", True))
   return steps

@@ -42,6 +42,7 @@ from fljax import programs
 from fljax import rounds
 from fljax import triggers
 from fljax import workdir as workdirs
+from fljax.baselines import feature_shift
 
 Array = jax.Array
 Config = configs.Config
@@ -62,6 +63,7 @@ class Experiment(NamedTuple):
     block: rounds of training as one program; it donates its state.
     tuning_block: rounds of fine-tuning; the same one, unless the server or
       the attackers do something else there (`Config.tuning`).
+    shift_block: rounds of federated Feature Shift Tuning, if there are some.
     key: the random key of training.
     validation: the server's own images, or None.
     test: the whole test split, for TA.
@@ -80,6 +82,7 @@ class Experiment(NamedTuple):
   aggregator: aggregators.Aggregator
   block: rounds.Block
   tuning_block: rounds.Block
+  shift_block: rounds.Block | None
   key: Array
   validation: evaluate.Examples | None
   test: evaluate.Examples
@@ -261,6 +264,10 @@ def setup(
     tuning_block = twin.tuning_block
   else:
     tuning_block = _block(_kind_of_block(config, model, plan, tuning))
+  shift_block = None
+  if "ffst" in config.phases:
+    shifting = {**tuning, "shift": config.fst_weight}
+    shift_block = _block(_kind_of_block(config, model, plan, shifting))
   known = workdirs.DATA_SHA256
   digests = {known: like.digests[known] if like else data.digest(dataset)}
   own = data.Labelled(
@@ -291,6 +298,7 @@ def setup(
     aggregator=_aggregator(config),
     block=block,
     tuning_block=tuning_block,
+    shift_block=shift_block,
     key=parallel.replicate(jax.random.fold_in(root, 3), mesh),
     validation=validation and parallel.place_examples(validation, mesh),
     test=test,
@@ -386,6 +394,9 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
   stealth = tuning.get("stealth", config.attacker_stealth)
   if stealth and config.num_attackers:
     attack = attacks.chain(attack, attacks.within_benign(stealth))
+  extra = None
+  if "shift" in tuning:
+    extra = feature_shift.by_clients(model, tuning["shift"])
   chunk = config.client_chunk
   on_host = config.population == "host"
   run_round = rounds.make_round(
@@ -399,6 +410,7 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
       last_conv_l2=config.last_conv_l2,
       precision=config.precision,
       augmentation=config.augment,
+      extra=extra,
       **attack.in_steps,
     ),
     attack=attack,

@@ -34,6 +34,7 @@ class LocalTraining(Protocol):
     active: Array,
     key: Array,
     *memory: Any,
+    told: Any = (),
   ) -> tuple[Params, Array]:
     """Runs the client's local epochs.
 
@@ -44,6 +45,8 @@ class LocalTraining(Protocol):
       active: bool scalar, whether the client attacks in this round.
       key: random key of this client in this round.
       *memory: where attackers remember (`attacks.RememberHook`), what.
+      told: what the server tells clients beside the model, if it does
+        (`rounds.ServerState`).
 
     Returns:
       The client's model and its mean training loss, a scalar.
@@ -147,6 +150,20 @@ def _where(condition: Array, new: Params, old: Params) -> Params:
   return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
+class Extra(NamedTuple):
+  """What clients do in each step beside descending, if they do not attack.
+
+  Both are given what the server tells clients.
+
+  Attributes:
+    gradients: (gradients, told) -> gradients, before the optimizer.
+    hold: (params, told) -> params, after the step.
+  """
+
+  gradients: Callable[[Params, Any], Params]
+  hold: Callable[[Params, Any], Params]
+
+
 class Steps(NamedTuple):
   """A client's training in steps, for whoever runs the loop over them.
 
@@ -159,8 +176,9 @@ class Steps(NamedTuple):
     begin: (params, active) -> what the first step takes up.
     step: (what was handed on, a step's indices and key, client, neuron_mask,
       active, the model that the first step began with, and what attackers
-      remember, at which only their hooks look) -> what it hands on, and (the
-      sum of the losses of its samples, how many they are), two scalars.
+      remember, at which only their hooks look; told, what the server tells
+      clients) -> what it hands on, and (the sum of the losses of its samples,
+      how many they are), two scalars.
   """
 
   batches: Callable[[federations.Federation, Array, Array], tuple[Array, Array]]
@@ -181,6 +199,7 @@ def sgd_steps(
   attackers_hook: Callable[..., Params] | None = None,
   attackers_start: Callable[[Params], Params] | None = None,
   attackers_loss: Callable[..., Array] | None = None,
+  extra: Extra | None = None,
 ) -> Steps:
   """The steps that `sgd_training` is made of.
 
@@ -206,6 +225,8 @@ def sgd_steps(
       poisoned, which count, a key, and the global model that the round began
       with; added to an active attacker's loss in each step, but not to the
       loss that is returned.
+    extra: what a client that does not attack does in each step besides; it
+      needs the server to tell clients something.
 
   Returns:
     The steps.
@@ -267,6 +288,7 @@ def sgd_steps(
     active: Array,
     start: Params | None = None,
     *memory: Any,
+    told: Any = (),
   ) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
     params, opt_state = carry
     indices, step_key = batch
@@ -290,11 +312,15 @@ def sgd_steps(
       jax.random.fold_in(step_key, _LOSS_KEY),
       start,
     )
+    if extra is not None:
+      grads = _where(active, grads, extra.gradients(grads, told))
     updates, new_state = optimizer.update(grads, opt_state, params)
     updates = jax.tree.map(lambda leaf: rate * leaf, updates)
     new = optax.apply_updates(params, updates)
     # Also undoes what the optimizer did to them: weight decay, for example.
     new = models.with_running_statistics(new, statistics)
+    if extra is not None:
+      new = _where(active, new, extra.hold(new, told))
     if attackers_hook is not None:
       new = _where(active, attackers_hook(new, start, *memory), new)
     new = models.mask_neurons(model, new, neuron_mask)
@@ -335,10 +361,11 @@ def sgd_training(
     active: Array,
     key: Array,
     *memory: Any,
+    told: Any = (),
   ) -> tuple[Params, Array]:
     (after, _), (losses, numbers) = lax.scan(
       lambda carry, batch: steps.step(
-        carry, batch, client, neuron_mask, active, params, *memory
+        carry, batch, client, neuron_mask, active, params, *memory, told=told
       ),
       steps.begin(params, active),
       steps.batches(client, active, key),

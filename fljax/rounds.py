@@ -42,6 +42,8 @@ class ServerState(struct.PyTreeNode):
     round: int32 scalar, rounds done so far.
     memory: what attackers remember of the round before, if they do
       (`attacks.RememberHook`): theirs, and of no use to the server.
+    told: what the server tells clients beside the model, if it does; the same
+      in all rounds.
   """
 
   params: Params
@@ -49,6 +51,7 @@ class ServerState(struct.PyTreeNode):
   aggregator: Any
   round: Array
   memory: Any = ()
+  told: Any = ()
 
 
 class RoundMetrics(struct.PyTreeNode):
@@ -225,10 +228,11 @@ def make_round(
     client: federations.Federation,
     active: Array,
   ) -> tuple[Params, Array]:
-    params, neuron_mask, key, *memory = common
+    params, neuron_mask, key, told, *memory = common
     client_key = jax.random.fold_in(key, client.ids)
+    own = {"told": told} if jax.tree.leaves(told) else {}
     after, loss = train(
-      params, client, neuron_mask, active, client_key, *memory
+      params, client, neuron_mask, active, client_key, *memory, **own
     )
     return jax.tree.map(jnp.subtract, after, params), loss
 
@@ -257,7 +261,12 @@ def make_round(
     active = federations.active_attackers(cohort, state.round)
     counts = federations.training_mask(cohort, active).sum(axis=1)
     weights = counts[: cohort.num_clients].astype(jnp.float32)
-    common: tuple[Any, ...] = (state.params, state.neuron_mask, client_key)
+    common: tuple[Any, ...] = (
+      state.params,
+      state.neuron_mask,
+      client_key,
+      state.told,
+    )
     if remember is not None:
       known = jax.eval_shape(remember, state.params)
       wanted: Any = jax.tree.structure(known)

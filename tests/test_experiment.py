@@ -407,6 +407,12 @@ def test_clipped_gradients_keep_their_direction(scale, clip):
     {"cleanse": "fp,nc-unlearn,fst,aw", "nc_steps": 3, "server_epochs": 1},
     {"cleanse": "nc-oracle", "nc_steps": 2, "validation_size": 0},
     {
+      "cleanse": "fp,ffst,aw",
+      "fst_rounds": 2,
+      "validation_size": 0,
+      "fine_tune_aggregation": "median",
+    },
+    {
       "attacker_learning_rate": 0.4,
       "fine_tune_learning_rate": 0.02,
       "fine_tune_gamma": 2.0,

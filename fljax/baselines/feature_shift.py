@@ -5,6 +5,9 @@
 All data are the server's own clean images. No client takes part, so that it
 does not matter how many of them attack.
 
+Or the clients tune, in federated rounds, attackers among them, and the server
+needs no image: `redrawn` is what it sends, `by_clients` what they do.
+
 References:
   Towards Stable Backdoor Purification through Feature Shift Tuning (Min, Qin,
   Shen, Cheng, NeurIPS 2023).
@@ -22,6 +25,7 @@ import numpy as np
 import optax
 
 from fljax import errors
+from fljax import local
 from fljax import models
 from fljax import parallel
 from fljax.baselines import server
@@ -86,18 +90,8 @@ def tune(
       " nothing."
     )
   path = models.classifier_path(model, params)
-  before = models.head_leaf(params, path)
   kernel_key, bias_key, train_key = jax.random.split(key, 3)
-  bound = 1 / np.sqrt(before.shape[0])
-
-  def drawn(key: Array, like: Array) -> Array:
-    return jax.random.uniform(key, like.shape, like.dtype, -bound, bound)
-
-  start = models.with_head_leaf(params, path, drawn(kernel_key, before))
-  bias_path = models.classifier_bias_path(params, path)
-  if bias_path is not None:
-    bias = models.head_leaf(params, bias_path)
-    start = models.with_head_leaf(start, bias_path, drawn(bias_key, bias))
+  start, before = redrawn(model, params, kernel_key, bias_key)
   return server.train(
     model,
     start,
@@ -113,6 +107,77 @@ def tune(
     mesh=mesh,
     on_steps=on_steps,
   )
+
+
+def redrawn(
+  model: models.Model, params: Params, kernel_key: Array, bias_key: Array
+) -> tuple[Params, Array]:
+  """The model with its last layer drawn anew.
+
+  Args:
+    model: the network.
+    params: the trained model.
+    kernel_key: random key of the new weights, uniform in ±1/sqrt(fan_in).
+    bias_key: that of the new biases, of the same distribution, if there are.
+
+  Returns:
+    The parameters, and the kernel that they had, w₀ [features, classes].
+
+  Raises:
+    errors.ConfigError: the model has no such layer.
+  """
+  path = models.classifier_path(model, params)
+  before = models.head_leaf(params, path)
+  bound = 1 / np.sqrt(before.shape[0])
+
+  def drawn(key: Array, like: Array) -> Array:
+    return jax.random.uniform(key, like.shape, like.dtype, -bound, bound)
+
+  start = models.with_head_leaf(params, path, drawn(kernel_key, before))
+  bias_path = models.classifier_bias_path(params, path)
+  if bias_path is not None:
+    bias = models.head_leaf(params, bias_path)
+    start = models.with_head_leaf(start, bias_path, drawn(bias_key, bias))
+  return start, before
+
+
+def by_clients(model: models.Model, weight: float) -> local.Extra:
+  """What clients do in each step of federated Feature Shift Tuning.
+
+  The server tells them w₀ (`redrawn`): to the gradient of their loss they add
+  that of α⟨w, w₀⟩, and after each step their last layer's kernel w has w₀'s
+  norm. Attackers need not.
+
+  Args:
+    model: the network.
+    weight: α.
+
+  Returns:
+    For `local.sgd_steps`.
+
+  Raises:
+    errors.ConfigError: the model has no such layer.
+  """
+  path = models.classifier_path(
+    model, jax.eval_shape(model.init, jax.random.key(0))
+  )
+
+  def gradients(gradients: Params, before: Array) -> Params:
+    leaf = models.head_leaf(gradients, path)
+    return models.with_head_leaf(gradients, path, leaf + weight * before)
+
+  def hold(params: Params, before: Array) -> Params:
+    kernel = models.head_leaf(params, path)
+    norm = jnp.linalg.norm(before)
+    return models.with_head_leaf(params, path, _scaled_to(norm, kernel))
+
+  return local.Extra(gradients, hold)
+
+
+def _scaled_to(norm: Array, kernel: Array) -> Array:
+  # A kernel of zeros has no direction to be kept.
+  least = jnp.maximum(jnp.square(kernel).sum(), 1e-30)
+  return kernel * (norm * lax.rsqrt(least))
 
 
 # One function per path and number of steps, so that calls share one program.
@@ -169,9 +234,7 @@ def _of_norm(
   ) -> tuple[Params, optax.EmptyState]:
     assert params is not None
     before = models.head_leaf(params, path)
-    after = before + models.head_leaf(updates, path)
-    # A kernel of zeros has no direction to be kept.
-    after *= norm * lax.rsqrt(jnp.maximum(jnp.square(after).sum(), 1e-30))
+    after = _scaled_to(norm, before + models.head_leaf(updates, path))
     return models.with_head_leaf(updates, path, after - before), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -37,8 +37,11 @@ if TYPE_CHECKING:  # Cleansing needs no attack, and rounds have one.
 
 Array = jax.Array
 
-# Federated pruning, fine-tuning and adjusting, by what `--cleanse` calls them.
-PHASES = ("fp", "ft", "aw")
+# The paper's process, by what `--cleanse` calls its phases: federated pruning,
+# fine-tuning and adjusting.
+WHOLE = ("fp", "ft", "aw")
+# And federated Feature Shift Tuning (`baselines.feature_shift`).
+PHASES = (*WHOLE, "ffst")
 
 PruningAccuracies = Callable[[models.Params, Array], Iterable[float]]
 DeltaAccuracies = Callable[

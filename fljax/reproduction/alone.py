@@ -42,6 +42,17 @@ _SERVER_NOTE = (
 )
 
 
+# By all clients, attackers included, and a rule that withstands a minority.
+BY_ALL = ("FFST, trimmed", "ffst")
+
+
+def by_all(config: Config) -> Config:
+  """Feature Shift Tuning in rounds; the server trains on no image."""
+  return plan.changed(
+    config, cleanse="ffst", fine_tune_aggregation="trimmed_mean"
+  )
+
+
 _SERVER = {"server_learning_rate": 0.2, "server_epochs": 20}
 
 

@@ -1,6 +1,11 @@
 import chex
 from conftest import TARGET
+from conftest import VICTIM
+from conftest import make_federation
 from conftest import make_images
+from conftest import make_round
+from conftest import make_state
+from conftest import make_training
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +14,13 @@ import optax
 import planted
 import pytest
 
+from fljax import aggregators
 from fljax import errors
 from fljax import evaluate
+from fljax import federation as federations
+from fljax import local
 from fljax import models
+from fljax import rounds
 from fljax.baselines import feature_shift
 from fljax.baselines import phases
 
@@ -123,6 +132,104 @@ def test_the_planted_backdoor_is_gone():
   assert evaluate.measure(model, after.params, stamped) < 0.1
   assert evaluate.measure(model, after.params, clean) > 0.9
   assert after.neuron_mask.all() and not after.facts
+
+
+def _of_clients(model, params, federation, *, attacking, extra, told=()):
+  """What the first client makes of a model in a round."""
+  train = make_training(model, extra=extra)
+  client = federations.select(federation, 0)
+  own = {"told": told} if extra is not None else {}
+  stay = jnp.ones(model.neurons, bool)
+  return train(params, client, stay, jnp.asarray(attacking), KEY, **own)[0]
+
+
+def test_clients_do_what_the_server_does_in_its_steps(model, params):
+  start, before = feature_shift.redrawn(model, params, *jax.random.split(KEY))
+  path = models.classifier_path(model, params)
+  chex.assert_trees_all_equal(before, _kernel(model, params))
+  federation, _ = make_federation(attackers=0)
+  extra = feature_shift.by_clients(model, 0.3)
+  found = _of_clients(
+    model, start, federation, attacking=False, extra=extra, told=before
+  )
+  steps = local.sgd_training(
+    model,
+    optax.chain(
+      feature_shift._pulled(path, 0.3 * before),
+      optax.sgd(0.05, momentum=0.5),
+      feature_shift._of_norm(path, jnp.linalg.norm(before)),
+    ),
+    epochs=2,
+    batch_size=4,
+  )
+  expected, _ = steps(
+    start,
+    federations.select(federation, 0),
+    jnp.ones(model.neurons, bool),
+    jnp.asarray(False),
+    KEY,
+  )
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+  # All but the last layer is what it was before it was drawn anew.
+  kept = models.with_head_leaf(start, path, before)
+  bias = models.classifier_bias_path(params, path)
+  kept = models.with_head_leaf(kept, bias, models.head_leaf(params, bias))
+  chex.assert_trees_all_equal(kept, params)
+  assert (models.head_leaf(start, bias) != models.head_leaf(params, bias)).all()
+
+
+def test_attackers_do_not_follow(model, params):
+  federation, _ = make_federation(attackers=1)
+  extra = feature_shift.by_clients(model, 5.0)
+  start, told = feature_shift.redrawn(model, params, *jax.random.split(KEY))
+  free = _of_clients(model, start, federation, attacking=True, extra=None)
+  asked = _of_clients(
+    model, start, federation, attacking=True, extra=extra, told=told
+  )
+  chex.assert_trees_all_equal(free, asked)
+  follows = _of_clients(
+    model, start, federation, attacking=False, extra=extra, told=told
+  )
+  away = [float(jnp.vdot(_kernel(model, one), told)) for one in (follows, free)]
+  assert away[0] < min(away[1], 0)
+
+
+def test_clients_take_a_planted_backdoor_out():
+  """By a trimmed mean, one of ten teaching it, and no image of the server's."""
+  model, params = planted.model(), planted.params()
+  federation, attack = make_federation(clients=10, samples=40)
+  federation = federation.replace(
+    # The attacker's own trigger is what was planted.
+    trigger=jax.tree.map(lambda leaf: jnp.stack([leaf] * 10), planted.TRIGGER)
+  )
+  stamped = evaluate.backdoored(
+    *make_images(60, seed=4),
+    trigger=planted.TRIGGER,
+    victim_label=VICTIM,
+    target_label=TARGET,
+    batch_size=25,
+  )
+  clean = evaluate.batched(*make_images(60, seed=4), batch_size=25)
+  assert evaluate.measure(model, params, stamped) > 0.9
+  start, before = feature_shift.redrawn(model, params, *jax.random.split(KEY))
+  rule = aggregators.trimmed_mean(0.2)
+  block = rounds.make_block(
+    model,
+    make_round(
+      model,
+      attack,
+      training=make_training(
+        model, extra=feature_shift.by_clients(model, 0.1), **attack.in_steps
+      ),
+      aggregator=rule,
+    ),
+  )
+  state = make_state(model).replace(
+    params=start, aggregator=rule.init(start), told=before
+  )
+  tuned, _ = block(state, federation, KEY, 20)
+  assert evaluate.measure(model, tuned.params, stamped) < 0.2
+  assert evaluate.measure(model, tuned.params, clean) > 0.9
 
 
 class _Head(nn.Module):
