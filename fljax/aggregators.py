@@ -343,8 +343,8 @@ def flame(noise: float = 0.001) -> Aggregator:
   that norm. Batch normalisation's running statistics are no part of directions
   and get no noise.
 
-  Where clients hold few labels each, the majority is of those that hold like
-  ones.
+  Where clients hold few labels each, their updates are nearly at right angles,
+  and directions say little.
 
   Args:
     noise: λ, the deviation's share of the median norm; 0 adds none.
