@@ -703,8 +703,8 @@ def _exceeded_by(values: Array, count: int) -> Array:
     A float32 scalar, 0 or one of the values.
   """
   # Of floating point numbers that are not negative, the bits as an integer are
-  # in the numbers' order. Halving takes 31 passes, and sorting 15 to 25 times as
-  # long.
+  # in the numbers' order. Halving takes 31 passes, and sorting 15 to 25 times
+  # as long.
   order = jax.lax.bitcast_convert_type(values, jnp.int32)
 
   def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
