@@ -20,6 +20,7 @@ from fljax.reproduction.plan import Cell
 from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
 
+_UNPULLED = ("FFST, α = 0", "ffst")
 _ANEW = ("Anew, trimmed", "training")
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
@@ -27,6 +28,7 @@ _COLUMNS = (
   *plan.accuracies(beyond.UNPRUNED, variant="unpruned"),
   *plan.accuracies(alone.TUNED, variant="fst"),
   *plan.accuracies(alone.BY_ALL, variant="ffst"),
+  *plan.accuracies(_UNPULLED, variant="unpulled"),
   *plan.accuracies(_ANEW, variant="anew"),
 )
 # As a reader knows them; each takes on calibration seeds.
@@ -74,9 +76,11 @@ def beyond_12(bases: Bases) -> Table:
     " tables above. FFST: Feature Shift Tuning by all clients, attackers among"
     " them, in 80 rounds at training's rate, by the trimmed mean; the best"
     " round by the server's images is kept. That was chosen on a calibration"
-    " seed with AA on the screen. Anew: no cleansing, but a training of a new"
-    " model, by the trimmed mean, for as many rounds, attackers attacking from"
-    " the first.",
+    " seed with AA on the screen. α = 0: the same without the pull away from"
+    " what the last layer was. Anew: no cleansing, but a training of a new"
+    " model, by the trimmed mean, for as many rounds, of which the last is"
+    " kept, attackers attacking from the first (so that the last row is the"
+    " first one's), as little amplified as in fine-tuning.",
     _COLUMNS,
     tuple(
       Row(label, cells(changes), (None,) * len(_COLUMNS))
@@ -110,12 +114,16 @@ def _ways(config: Config) -> dict[str, Cell]:
     "unpruned": Cell(beyond.unpruned(config)),
     "fst": alone.server_cells(config)["fst"],
     "ffst": Cell(alone.by_all(config)),
-    # What that has to be better than: as long a training from nothing.
+    # What that has to be better than: the last layer learned anew, and not
+    # drawn away from what it was; and as long a training from nothing.
+    "unpulled": Cell(plan.changed(alone.by_all(config), fst_weight=0.0)),
     "anew": Cell(
       plan.changed(
         config,
         rounds=config.fst_rounds,
         aggregation="trimmed_mean",
+        # As the attackers of that tuning.
+        gamma=config.fine_tune_gamma,
         attack_start=0,
         cleanse="",
       )
