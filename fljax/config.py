@@ -669,8 +669,9 @@ class Config:
   )
   fst_rounds: int = _setting(
     80,
-    "Rounds of ffst; the best is kept, as in fine-tuning. Its rule, rate and"
-    " attackers are those of fine-tuning.",
+    "Rounds of ffst; the best is kept, as in fine-tuning, or, if none is better"
+    " than a last layer drawn at random, the model that came in. Its rule, rate"
+    " and attackers are those of fine-tuning.",
     low=1,
     cleansing=True,
   )

@@ -611,15 +611,22 @@ class Driver:
     params, before = feature_shift.redrawn(
       experiment.model, state.params, *jax.random.split(key)
     )
-    state = state.replace(params=params, told=before)
+    told = (before, jnp.float32(config.fst_weight))
+    redrawn = parallel.replicate(
+      state.replace(params=params, told=told), experiment.mesh
+    )
     assert experiment.shift_block is not None
     after, facts, lines = self._tune(
       name,
-      parallel.replicate(state, experiment.mesh),
+      redrawn,
       experiment.shift_block,
       config.fst_rounds,
+      # What a rule remembers is of another last layer.
+      anew=True,
     )
-    return after.replace(told=()), facts, lines
+    # If no round is better than chance, the model is what it was.
+    after = after.replace(told=()) if facts["kept_round"] else state
+    return after, facts, lines
 
   def _tune(
     self,
@@ -627,9 +634,15 @@ class Driver:
     state: Any,
     block: rounds.Block,
     most: int,
+    *,
+    anew: bool = False,
     **until: Any,
   ) -> tuple[Any, dict[str, Any], Any]:
-    """Rounds with everybody, of which the best is kept (`fine_tune`)."""
+    """Rounds with everybody, of which the best is kept (`fine_tune`).
+
+    Another rule than training's begins with a state of its own, which is left
+    behind, and so does the same one if it is to begin anew.
+    """
     config, experiment = self.config, self.experiment
     rate = config.fine_tune_learning_rate or config.last_learning_rate
     federation = populations.for_fine_tuning(
@@ -659,8 +672,8 @@ class Driver:
     if self._deciding is not None:
       examples["validation"] = self._deciding
     of_training = state.aggregator
-    if "aggregation" in config.tuning:
-      # Another rule begins anew; the same one goes on from training.
+    anew = anew or "aggregation" in config.tuning
+    if anew:
       state = state.replace(aggregator=experiment.init_tuning(state.params))
     tuned = pipeline.fine_tune(
       block,
@@ -683,7 +696,7 @@ class Driver:
       )
     facts = {"fine_tune_rounds": tuned.rounds, "kept_round": tuned.kept}
     after = tuned.state
-    if "aggregation" in config.tuning:
+    if anew:
       after = after.replace(aggregator=of_training)
     return after, facts, lambda: iter(lines)
 

@@ -107,8 +107,9 @@ class Experiment(NamedTuple):
     return parallel.replicate(state, self.mesh)
 
   def init_tuning(self, params: models.Params) -> Any:
-    """The state of fine-tuning's own rule before its first round."""
-    rule = _aggregator(self.config, self.config.fine_tune_aggregation)
+    """The state of fine-tuning's rule before its first round."""
+    name = self.config.fine_tune_aggregation
+    rule = _aggregator(self.config, None if name == "same" else name)
     return parallel.replicate(rule.init(params), self.mesh)
 
 
@@ -265,8 +266,10 @@ def setup(
   else:
     tuning_block = _block(_kind_of_block(config, model, plan, tuning))
   shift_block = None
-  if "ffst" in config.phases:
-    shifting = {**tuning, "shift": config.fst_weight}
+  if "ffst" in config.phases and twin and twin.config.tuning == tuning:
+    shift_block = twin.shift_block
+  if "ffst" in config.phases and shift_block is None:
+    shifting = {**tuning, "shift": True}
     shift_block = _block(_kind_of_block(config, model, plan, shifting))
   known = workdirs.DATA_SHA256
   digests = {known: like.digests[known] if like else data.digest(dataset)}
@@ -360,7 +363,8 @@ class _KindOfBlock:
 
   Attributes:
     structure: of the experiment (`Config.structure`).
-    tuning: what fine-tuning has of its own (`Config.tuning`), or nothing.
+    tuning: what fine-tuning has of its own (`Config.tuning`), or nothing; and
+      "shift" of federated Feature Shift Tuning.
     model: the network.
     plan: how to compute.
     config: all settings of the experiment that asked first.
@@ -387,7 +391,7 @@ def _kind_of_block(
 # cleansing, compiles its rounds once.
 @functools.lru_cache(maxsize=8)
 def _block(kind: _KindOfBlock) -> rounds.Block:
-  """Rounds of training, or of fine-tuning, that end in an aggregator."""
+  """Rounds of training, fine-tuning or federated Feature Shift Tuning."""
   config, model, plan = kind.config, kind.model, kind.plan
   tuning = dict(kind.tuning)
   attack = _attack(config, model)
@@ -396,7 +400,7 @@ def _block(kind: _KindOfBlock) -> rounds.Block:
     attack = attacks.chain(attack, attacks.within_benign(stealth))
   extra = None
   if "shift" in tuning:
-    extra = feature_shift.by_clients(model, tuning["shift"])
+    extra = feature_shift.by_clients(model)
   chunk = config.client_chunk
   on_host = config.population == "host"
   run_round = rounds.make_round(

@@ -864,6 +864,8 @@ def _train_together(
     if len(group) > 1:
       own = {name: drivers[name] for name in group}
       failed.update(_train_alike(own, console, stop, over=over, path=path))
+    else:
+      console.say(f"{group[0]} is trained by itself: none has arrays like it")
 
 
 def _train_alike(

@@ -32,6 +32,7 @@ from fljax import parallel
 from fljax import population as populations
 from fljax import summary
 from fljax import workdir as workdirs
+from fljax.baselines import feature_shift
 from fljax.baselines import phases
 from fljax.cleanse import pipeline
 
@@ -445,6 +446,51 @@ def test_every_way_of_running_ends_well(config, changes):
   assert all(
     (value is None) == (changes.get("num_attackers") == 0) for value in success
   )
+
+
+def test_clients_shift_features_as_the_settings_say(config, monkeypatch):
+  """From the trained model's last layer; nothing of it is left in the state."""
+  told = []
+  by_clients = feature_shift.by_clients
+
+  def spied(model):
+    extra = by_clients(model)
+
+    def gradients(gradients, said):
+      before, weight = said
+      jax.debug.callback(
+        lambda *seen: told.append([np.asarray(one) for one in seen]),
+        before,
+        weight,
+      )
+      return extra.gradients(gradients, said)
+
+    return extra._replace(gradients=gradients)
+
+  monkeypatch.setattr(feature_shift, "by_clients", spied)
+  experiment._block.cache_clear()
+  config = _with(config, cleanse="ffst", fst_rounds=2, rounds=4, devices=1)
+  kernels = []
+  for weight in (0.1, 3.0):
+    changed = _with(
+      config, workdir=f"{config.workdir}-{weight}", fst_weight=weight
+    )
+    told.clear()
+    results = experiment.run(changed, quiet=True)
+    assert results["phases"][-1]["fine_tune_rounds"] == 2
+    made, trained = experiment.load(changed.workdir, phase="training")
+    path = models.classifier_path(made.model, trained.params)
+    before = models.head_leaf(trained.params, path)
+    assert told
+    for seen, weighed in told:
+      np.testing.assert_array_equal(seen, before)
+      assert weighed == np.float32(weight)
+    _, after = experiment.load(changed.workdir)
+    assert after.told == () and trained.told == ()
+    kernels.append(models.head_leaf(after.params, path))
+  experiment._block.cache_clear()
+  away = [float(jnp.vdot(kernel, before)) for kernel in kernels]
+  assert away[1] < away[0]
 
 
 @pytest.mark.parametrize("validation", [0, 100])

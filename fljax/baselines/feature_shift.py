@@ -2,11 +2,10 @@
 
     params = tune(model, params, neuron_mask, images, labels, key=key)
 
-All data are the server's own clean images. No client takes part, so that it
-does not matter how many of them attack.
-
-Or the clients tune, in federated rounds, attackers among them, and the server
-needs no image: `redrawn` is what it sends, `by_clients` what they do.
+All data are the server's own clean images; no client takes part then, so that
+it does not matter how many of them attack. Or the clients tune, in federated
+rounds, attackers among them, and the server needs no image: `redrawn` is what
+it sends, `by_clients` what they do.
 
 References:
   Towards Stable Backdoor Purification through Feature Shift Tuning (Min, Qin,
@@ -141,16 +140,15 @@ def redrawn(
   return start, before
 
 
-def by_clients(model: models.Model, weight: float) -> local.Extra:
+def by_clients(model: models.Model) -> local.Extra:
   """What clients do in each step of federated Feature Shift Tuning.
 
-  The server tells them w₀ (`redrawn`): to the gradient of their loss they add
-  that of α⟨w, w₀⟩, and after each step their last layer's kernel w has w₀'s
-  norm. Attackers need not.
+  The server tells them w₀ (`redrawn`) and α: to the gradient of their loss they
+  add that of α⟨w, w₀⟩, and after each step the kernel w of their own last layer
+  has w₀'s norm; that of their mean is smaller. Attackers need not.
 
   Args:
     model: the network.
-    weight: α.
 
   Returns:
     For `local.sgd_steps`.
@@ -162,11 +160,13 @@ def by_clients(model: models.Model, weight: float) -> local.Extra:
     model, jax.eval_shape(model.init, jax.random.key(0))
   )
 
-  def gradients(gradients: Params, before: Array) -> Params:
+  def gradients(gradients: Params, told: tuple[Array, Array]) -> Params:
+    before, weight = told
     leaf = models.head_leaf(gradients, path)
     return models.with_head_leaf(gradients, path, leaf + weight * before)
 
-  def hold(params: Params, before: Array) -> Params:
+  def hold(params: Params, told: tuple[Array, Array]) -> Params:
+    before, _ = told
     kernel = models.head_leaf(params, path)
     norm = jnp.linalg.norm(before)
     return models.with_head_leaf(params, path, _scaled_to(norm, kernel))

@@ -357,7 +357,7 @@ def fine_tune(
 
   Args:
     block: from `rounds.make_block`; the very program that trained the model,
-      unless fine-tuning has a rule of its own.
+      unless clients, attackers or the server do something else now.
     state: the server's state with the pruned model and its mask. It is
       copied, so that it is still there afterwards.
     federation: all clients; their `scale` is the amplification that attackers
