@@ -121,9 +121,9 @@ class RememberHook(Protocol):
 
     Args:
       benign: the mean update of a round's clients that did not attack, each
-        weighed as the server does if its rule is a weighted sum; under another
-        rule, without those that are not finite. Zeros before the first round,
-        and where all attack.
+        weighed as the server does if its rule is a weighted sum; where a rule
+        withstands them, without those that are not finite. Zeros before the
+        first round, and where all attack.
 
     Returns:
       A pytree of arrays, always of the same shapes.

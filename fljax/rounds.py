@@ -268,8 +268,8 @@ def make_round(
       state.told,
     )
     if remember is not None:
-      known = jax.eval_shape(remember, state.params)
-      wanted: Any = jax.tree.structure(known)
+      shapes = jax.eval_shape(remember, state.params)
+      wanted: Any = jax.tree.structure(shapes)
       if wanted != jax.tree.structure(state.memory):
         raise errors.ConfigError(
           "the server's state was made without the attack, which remembers:"
@@ -292,15 +292,12 @@ def make_round(
         local_update, common, cohort, active, chunk=client_chunk
       )
       if remember is not None:
-        others = _without(updates, active[: cohort.num_clients])
-        shares = benign
+        # One that is not finite stops no rule that withstands it.
+        known, finite = aggregators.finite_rows(updates)
+        shares = benign * finite
         if aggregator.shares is not None:
           shares *= aggregator.shares(weights)
-        else:
-          # One that is not finite stops no rule that withstands it.
-          others, finite = aggregators.finite_rows(others)
-          shares *= finite
-        total = aggregators.weighted_sum(others, shares)
+        total = aggregators.weighted_sum(known, shares)
         memory = remember(_over(total, shares.sum()))
       updates = attack.updates(
         updates,

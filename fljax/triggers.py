@@ -219,7 +219,7 @@ def pieces(
     Toward Cleansing Backdoored Neural Networks in Federated Learning (Wu,
     Zhu, Yang, Mitra), Fig. 1 and Fig. 4; BadNets (Gu, Dolan-Gavitt, Garg);
     DBA: Distributed Backdoor Attacks against Federated Learning (Xie et al.);
-    `blended` as in `blended`.
+    for noise those of the function `blended`.
   """
   errors.require_choice("trigger", name, TRIGGERS)
   return TRIGGERS[name](image_shape, **parameters)

@@ -220,7 +220,6 @@ def test_clients_take_a_planted_backdoor_out(follow):
     state = state.replace(told=(before, jnp.float32(0.5)))
   tuned, _ = block(state, federation, KEY, 20)
   left = evaluate.measure(model, tuned.params, stamped)
-  print(left, evaluate.measure(model, tuned.params, clean))
   assert left < 0.2 if follow else left > 0.3
   assert evaluate.measure(model, tuned.params, clean) > 0.9
 
