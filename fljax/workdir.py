@@ -633,6 +633,25 @@ class Shared:
     parallel.on_first(lambda: write(self._own))
 
 
+def metrics_line(metrics: Any) -> dict[str, Any]:
+  """What a block of rounds tells, as metrics.jsonl has it.
+
+  Args:
+    metrics: `rounds.RoundMetrics`, with an accuracy on the experiment's "test".
+  """
+  measured = {name: float(value) for name, value in metrics.accuracies.items()}
+  line = {
+    "loss": float(metrics.loss),
+    "test_accuracy": measured["test"],
+    "attack_success": measured.get("backdoored"),
+  }
+  # As in the searches: what the server can go by.
+  for name in ("validation", "reported"):
+    if name in measured:
+      line["accuracy"] = measured[name]
+  return line
+
+
 def read_settings(workdir: Path) -> tuple[dict[str, Any], dict[str, str]]:
   """The settings of a run, and the digests of its data, by `DIGESTS`.
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from fljax import cleansing
 from fljax import config as configs
-from fljax import driver
 from fljax.reproduction import catalogue
 from fljax.reproduction import discussion
 from fljax.reproduction import paper
@@ -64,7 +64,7 @@ def test_columns_are_phases_that_their_experiments_have(make):
     for column in table.columns:
       for variant in plan.variants_of(row, column):
         config = row.cells[variant].config
-        names = [name for name, _, _ in driver.course(config.phases)]
+        names = [name for name, _, _ in cleansing.course(config.phases)]
         assert column.phase in ("training", *names)
 
 
