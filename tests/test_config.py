@@ -6,6 +6,7 @@ import pytest
 
 from fljax import config
 from fljax import errors
+from fljax.reproduction import catalogue
 
 FIELDS = dataclasses.fields(config.Config)
 
@@ -48,6 +49,52 @@ def test_flags_reach_the_config():
 def test_every_flagfile_is_valid(name):
   parsed = parse(f"--flagfile={ROOT / 'launch' / name}")
   assert parsed.workdir != config.Config().workdir
+
+
+@pytest.mark.parametrize(
+  "name, number, variant, more",
+  [
+    ("gain", 1, "gain", ()),
+    ("robust", 1, "unpruned", ()),
+    ("robust", 2, "unpruned", ("--adjusting_drop=0.2",)),
+    ("robust", 10, "unpruned", ("--client_holdout=0.1",)),
+    ("gain_robust", 1, "both", ()),
+    ("fst", 4, "fst", ()),
+    ("fst_few", 8, "trimmed", ("--validation_size=500",)),
+    ("ffst", 12, "ffst/9 → 0", ()),
+  ],
+)
+def test_ways_of_cleansing_are_what_the_tables_have(
+  name, number, variant, more
+):
+  """What launch/cleanse makes of a flagfile is that table's experiment."""
+  launch = ROOT / "launch"
+  bases = {
+    data: parse(f"--flagfile={launch / data}.flags")
+    for data in ("mnist", "fashion_mnist")
+  }
+  base = "fashion_mnist" if number == 2 else "mnist"
+  expected = catalogue.KINDS["beyond"][number](bases).rows[0].cells[variant]
+  if number == 10:
+    more = (*more, "--decide_by=clients")
+  found = parse(
+    f"--flagfile={launch / base}.flags",
+    f"--flagfile={launch / 'cleanse' / name}.flags",
+    f"--victim_label={expected.config.victim_label}",
+    f"--target_label={expected.config.target_label}",
+    *more,
+  )
+  assert found.identity() == expected.config.identity()
+
+
+def test_every_way_of_cleansing_is_one_of_a_table():
+  [test] = [
+    mark
+    for mark in test_ways_of_cleansing_are_what_the_tables_have.pytestmark
+    if mark.name == "parametrize"
+  ]
+  made = {path.stem for path in (ROOT / "launch" / "cleanse").iterdir()}
+  assert made == {name for name, *_ in test.args[1]}
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
