@@ -21,7 +21,6 @@ from fljax.reproduction.plan import Row
 from fljax.reproduction.plan import Table
 
 _UNPULLED = ("FFST, α = 0", "ffst")
-_ANEW = ("Anew, trimmed", "training")
 _COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(beyond.BY_GAIN, variant="gain"),
@@ -29,7 +28,7 @@ _COLUMNS = (
   *plan.accuracies(alone.TUNED, variant="fst"),
   *plan.accuracies(alone.BY_ALL, variant="ffst"),
   *plan.accuracies(_UNPULLED, variant="unpulled"),
-  *plan.accuracies(_ANEW, variant="anew"),
+  *plan.accuracies(alone.ANEW, variant="anew"),
 )
 # As a reader knows them; each takes on calibration seeds.
 _ATTACKS: dict[str, dict[str, Any]] = {
@@ -117,15 +116,5 @@ def _ways(config: Config) -> dict[str, Cell]:
     # What that has to be better than: the last layer learned anew, and not
     # drawn away from what it was; and as long a training from nothing.
     "unpulled": Cell(plan.changed(alone.by_all(config), fst_weight=0.0)),
-    "anew": Cell(
-      plan.changed(
-        config,
-        rounds=config.fst_rounds,
-        aggregation="trimmed_mean",
-        # As the attackers of that tuning.
-        gamma=config.fine_tune_gamma,
-        attack_start=0,
-        cleanse="",
-      )
-    ),
+    "anew": Cell(alone.anew(config)),
   }

@@ -80,14 +80,15 @@ def test_rows_attack_whom_they_say():
 def test_nothing_but_its_subject_differs_from_the_flagfile():
   """What is calibrated stays; Table VII's fixed Δ and so on are named.
 
-  Of Beyond 12, a training anew is as long as what it stands beside.
+  A training anew is as long as the tuning that it stands beside.
   """
   calibrated = ("learning_rate", "rounds", "batch_size", "poison_fraction")
   for make in MADE_OF_ROWS:
     for row in make(BASES).rows:
       for variant, cell in row.cells.items():
-        if variant.startswith("anew/"):
-          assert cell.config.rounds == cell.config.fst_rounds
+        if variant.startswith("anew"):
+          tuned = row.cells[variant.replace("anew", "ffst")].config
+          assert cell.config.rounds == tuned.fst_rounds
           continue
         base = BASES[cell.config.dataset]
         for name in calibrated:
@@ -107,7 +108,7 @@ def test_other_ways_of_cleansing_begin_with_the_same_model(number, make):
     assert len(set(configs_of)) == len(configs_of)
     groups = {}
     for name, cell in row.cells.items():
-      if name.startswith("anew/"):
+      if name.startswith("anew"):
         continue
       model = cell.config.training()
       if number == 10:
