@@ -403,10 +403,10 @@ def beyond_13(bases: Bases) -> Table:
     " rounds, attackers among them, by the trimmed mean, at half of training's"
     " first rate; none of the server's images is trained on, and the best round"
     " by them is kept. Rounds and rate were chosen on a calibration seed with"
-    " AA on the screen. Anew: no cleansing, but a training of a new model, by the"
-    " trimmed mean, for as many rounds, of which the last is kept, attackers as"
-    " little amplified as in that tuning. Published numbers are those of the"
-    " paper's process.",
+    " AA on the screen. Anew: no cleansing, but a training of a new model, by"
+    " the trimmed mean, for as many rounds, of which the last is kept,"
+    " attackers as little amplified as in that tuning. Published numbers are"
+    " those of the paper's process.",
     _ALL_COLUMNS,
     plan.rows_of_pairs(
       bases["fashion_mnist"], paper.TABLE_2, cells, _ALL_COLUMNS
