@@ -338,7 +338,7 @@ def beyond_10(bases: Bases) -> Table:
 
 
 # As a reader knows them; the flagfile's is first.
-_RULES = {
+RULES = {
   "mean": "mean",
   "norm_clipping": "norm clipping",
   "flame": "FLAME",
@@ -349,6 +349,8 @@ _RULES = {
   "krum": "Krum",
   "robust_learning_rate": "robust learning rate",
 }
+# As in Figure 8, where all ten attackers need images of the victim label.
+TWO = {"num_attackers": 2, "samples_per_client": 1500}
 _TWO = ", 2 attackers"
 _RULES_COLUMNS = tuple(
   column
@@ -364,8 +366,7 @@ _RULES_COLUMNS = tuple(
 
 def beyond_11(bases: Bases) -> Table:
   """MNIST: other rules of aggregation in training, and what follows."""
-  # As in Figure 8, where all ten attackers need images of the victim label.
-  attacks = {"one": {}, "two": {"num_attackers": 2, "samples_per_client": 1500}}
+  attacks = {"one": {}, "two": TWO}
 
   def cells(rule: str) -> dict[str, Cell]:
     found = {}
@@ -387,7 +388,7 @@ def beyond_11(bases: Bases) -> Table:
         plan.mean(values[row], place[way, "TA"]),
         plan.mean(values[row], place[way, "AA"]),
       )
-      for row, label in enumerate(_RULES.values())
+      for row, label in enumerate(RULES.values())
       if not np.isnan(values[row][..., place[way, "TA"]]).all()
     }
 
@@ -399,7 +400,7 @@ def beyond_11(bases: Bases) -> Table:
   def keeps_out(suffix: str) -> Callable[[np.ndarray], tuple[str, str]]:
     def judged(values: np.ndarray) -> tuple[str, str]:
       found = of_rules(values, plan.TRAINING[0] + suffix)
-      accuracy, _ = found.pop(_RULES["mean"])
+      accuracy, _ = found.pop(RULES["mean"])
       return plan.verdict(
         *(ta >= accuracy - 1 and aa < 10 for ta, aa in found.values())
       ), f"the mean's accuracy {accuracy:.1f}; {told(found)}"
@@ -432,7 +433,7 @@ def beyond_11(bases: Bases) -> Table:
     _RULES_COLUMNS,
     tuple(
       Row(label, cells(rule), (None,) * len(_RULES_COLUMNS))
-      for rule, label in _RULES.items()
+      for rule, label in RULES.items()
     ),
     (
       (

@@ -54,6 +54,7 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   11: beyond.beyond_11,
   12: attacked.beyond_12,
   13: alone.beyond_13,
+  14: attacked.beyond_14,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {
