@@ -37,7 +37,6 @@ from fljax import workdir as workdirs
 if TYPE_CHECKING:
   from fljax.experiment import Experiment
 
-Array = jax.Array
 Config = configs.Config
 
 TRAINING = "training"
@@ -180,7 +179,7 @@ class Driver:
     try:
       if not self.trained:
         self._train()
-      phases = cleansing.Phases(
+      after_training = cleansing.Phases(
         self.experiment, self.workdir, self.console, self._check_stop
       )
       if self.config.profile and not self._traced:
@@ -189,12 +188,12 @@ class Driver:
           " first block of rounds that a run trains by itself."
         )
       if self.config.fine_tune_drop >= 0 and len(self.phases) == 1:
-        self.phases[0] |= phases.accuracies_before(self.state.params)
+        self.phases[0] |= after_training.accuracies_before(self.state.params)
       done = {phase["name"] for phase in self.phases}
       for name, kind, side in cleansing.course(self.config.phases):
         if name not in done:
           self._check_stop()
-          after = self._phase(phases, name, kind)
+          after = self._phase(after_training, name, kind)
           self._finish(name, after, side=side)
           if not side:
             self.state = after
@@ -211,10 +210,14 @@ class Driver:
     write_report(self.config, results, self.workdir, self.experiment.dataset)
     return results
 
-  def _phase(self, phases: cleansing.Phases, name: str, kind: str) -> Any:
+  def _phase(
+    self, after_training: cleansing.Phases, name: str, kind: str
+  ) -> Any:
     """The state after a phase, which is recorded."""
     started = time.perf_counter()
-    state, facts, curve = phases.run(name, kind, self.state, self.phases[0])
+    state, facts, curve = after_training.run(
+      name, kind, self.state, self.phases[0]
+    )
     jax.block_until_ready(state)
     self.console.stop()
     # What another phase found for this one counts as if it had been done here.

@@ -9,6 +9,7 @@ from fljax import errors
 from fljax.reproduction import catalogue
 
 FIELDS = dataclasses.fields(config.Config)
+NO_IMAGES = ("--client_holdout=0.1", "--decide_by=clients")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +58,7 @@ def test_every_flagfile_is_valid(name):
     ("gain", 1, "gain", ()),
     ("robust", 1, "unpruned", ()),
     ("robust", 2, "unpruned", ("--adjusting_drop=0.2",)),
-    ("robust", 10, "unpruned", ("--client_holdout=0.1",)),
+    ("robust", 10, "unpruned", NO_IMAGES),
     ("gain_robust", 1, "both", ()),
     ("fst", 4, "fst", ()),
     ("fst_few", 8, "trimmed", ("--validation_size=500",)),
@@ -75,8 +76,6 @@ def test_ways_of_cleansing_are_what_the_tables_have(
   }
   base = "fashion_mnist" if number == 2 else "mnist"
   expected = catalogue.KINDS["beyond"][number](bases).rows[0].cells[variant]
-  if number == 10:
-    more = (*more, "--decide_by=clients")
   found = parse(
     f"--flagfile={launch / base}.flags",
     f"--flagfile={launch / 'cleanse' / name}.flags",
