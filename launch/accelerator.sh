@@ -19,8 +19,10 @@
 #   table2     Fashion-MNIST, nine pairs on SEEDS
 #   mnist      Tables VI and VII, Section VI-B, the figures and robust
 #              fine-tuning, on seed 0
+#   beyond     other rules in training, other attacks, attackers who hide, and
+#              Feature Shift Tuning by all clients: nine pairs, the first of SEEDS
 #
-# Tables II, III and IV need DATA, a TFDS directory. FLAGS are added to every run,
+# Tables II, III and IV, and beyond, need DATA, a TFDS directory. FLAGS are added to every run,
 # as in FLAGS='rounds=1 eval_every=1' to try things out; PYTHON is the
 # interpreter. Folders count from the repository's root. RUNS (default
 # runs/accelerator) is the --workdir of launch/reproduce.py; OUT (default RUNS)
@@ -62,7 +64,7 @@ measure() { # NAME FLAG...
     "${peer[@]}"
 }
 
-all="benchmark table3 table4 bfloat16 table1 table5 table2 mnist"
+all="benchmark table3 table4 bfloat16 table1 table5 table2 mnist beyond"
 for name in "$@"; do
   # Before anything runs.
   if [[ " $all " != *" $name "* ]]; then
@@ -72,7 +74,7 @@ for name in "$@"; do
 done
 for name in ${*:-$all}; do
   case $name in
-    table2 | table3 | table4 | bfloat16)
+    table2 | table3 | table4 | bfloat16 | beyond)
       if [[ -z $data ]]; then
         echo "$name: DATA must name a TFDS directory." >&2
         failed=1
@@ -101,6 +103,9 @@ for name in ${*:-$all}; do
     mnist)
       reproduce mnist "$runs" --table=6,7 --discussion=1,2,3 \
         --figure=3,5,6,10,8,7 --beyond=1,3
+      ;;
+    beyond)
+      reproduce beyond "$runs" --beyond=11,12,13,14 --seeds="${seeds%%,*}"
       ;;
   esac
 done
