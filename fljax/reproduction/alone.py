@@ -51,22 +51,22 @@ BY_ALL, ANEW = ("FFST, trimmed", "ffst"), ("Anew, trimmed", "training")
 _LONGER = {"fashion_mnist": {"fst_rounds": 240, "fine_tune_learning_rate": 0.1}}
 
 
-def by_all(config: Config) -> Config:
+def by_all(config: Config, rule: str = "trimmed_mean") -> Config:
   """Feature Shift Tuning in rounds; the server trains on no image."""
   return plan.changed(
     config,
     cleanse="ffst",
-    fine_tune_aggregation="trimmed_mean",
+    fine_tune_aggregation=rule,
     **_LONGER.get(config.dataset, {}),
   )
 
 
-def anew(config: Config) -> Config:
+def anew(config: Config, rule: str = "trimmed_mean") -> Config:
   """As long a training of a new model, attackers as in that tuning."""
   return plan.changed(
     config,
     rounds=by_all(config).fst_rounds,
-    aggregation="trimmed_mean",
+    aggregation=rule,
     gamma=config.fine_tune_gamma,
     attack_start=0,
     cleanse="",
@@ -361,12 +361,16 @@ def beyond_9(bases: Bases) -> Table:
   )
 
 
+_BY_ALL_KRUM = ("FFST, Multi-Krum", "ffst")
+_ANEW_KRUM = ("Anew, Multi-Krum", "training")
 _ALL_COLUMNS = (
   *plan.accuracies(plan.TRAINING, plan.ALL, variant="paper"),
   *plan.accuracies(beyond.UNPRUNED, variant="unpruned"),
   *plan.accuracies(TUNED, variant="fst"),
   *plan.accuracies(BY_ALL, variant="ffst"),
   *plan.accuracies(ANEW, variant="anew"),
+  *plan.accuracies(_BY_ALL_KRUM, variant="ffst krum"),
+  *plan.accuracies(_ANEW_KRUM, variant="anew krum"),
 )
 
 
@@ -381,14 +385,21 @@ def beyond_13(bases: Bases) -> Table:
       "fst": whole["fst"],
       "ffst": Cell(by_all(config)),
       "anew": Cell(anew(config)),
+      "ffst krum": Cell(by_all(config, "multi_krum")),
+      "anew krum": Cell(anew(config, "multi_krum")),
     }
 
-  ways = (plan.ALL, beyond.UNPRUNED, TUNED, BY_ALL, ANEW)
+  ways = (
+    *(plan.ALL, beyond.UNPRUNED, TUNED),
+    *(BY_ALL, ANEW, _BY_ALL_KRUM, _ANEW_KRUM),
+  )
 
-  def no_worse(other: str) -> Callable[[np.ndarray], tuple[str, str]]:
+  def no_worse(
+    other: str, way: str = BY_ALL[0]
+  ) -> Callable[[np.ndarray], tuple[str, str]]:
     def judged(values: np.ndarray) -> tuple[str, str]:
       ends, told = plan.ends(values, _ALL_COLUMNS, ways)
-      (accuracy, success), (others, left) = ends[BY_ALL[0]], ends[other]
+      (accuracy, success), (others, left) = ends[way], ends[other]
       return plan.verdict(accuracy >= others, success <= left), told
 
     return judged
@@ -406,22 +417,30 @@ def beyond_13(bases: Bases) -> Table:
     " chosen on a calibration seed with AA on the screen. Anew: no cleansing,"
     " but a training of a new model, by the trimmed mean, for as many rounds at"
     " the flagfile's rates, of which the last is kept, attackers as little"
-    " amplified as in that tuning. Published numbers are those of the paper's"
-    " process.",
+    " amplified as in that tuning. Multi-Krum: both by the mean of the eight"
+    " updates that are nearest to most others instead, which was looked for on"
+    " a calibration seed, AA on the screen, once the trimmed mean had failed in"
+    " 9 → 5 of seed 1. Published numbers are those of the paper's process.",
     _ALL_COLUMNS,
     plan.rows_of_pairs(
       bases["fashion_mnist"], paper.TABLE_2, cells, _ALL_COLUMNS
     ),
     tuple(
       (
-        "Feature Shift Tuning by all clients ends with no less accuracy, and no"
-        f" more of the backdoor, than {what}.",
-        no_worse(other),
+        f"Feature Shift Tuning by all clients{by} ends with no less accuracy,"
+        f" and no more of the backdoor, than {what}.",
+        no_worse(other, way),
       )
-      for what, other in (
-        ("the paper's process", plan.ALL[0]),
-        ("robust fine-tuning", beyond.UNPRUNED[0]),
-        ("as long a training of a new model", ANEW[0]),
+      for by, way, what, other in (
+        ("", BY_ALL[0], "the paper's process", plan.ALL[0]),
+        ("", BY_ALL[0], "robust fine-tuning", beyond.UNPRUNED[0]),
+        ("", BY_ALL[0], "as long a training of a new model", ANEW[0]),
+        (
+          " by Multi-Krum",
+          _BY_ALL_KRUM[0],
+          "as long a training of a new model by it",
+          _ANEW_KRUM[0],
+        ),
       )
     ),
   )
