@@ -223,6 +223,7 @@ class Driver:
     # What another phase found for this one counts as if it had been done here.
     seconds = time.perf_counter() - started + facts.pop("seconds_before", 0.0)
     self._record(name, state, seconds, **facts)
+    # For the figures alone, and no part of the phase's time.
     for line in curve():
       self.workdir.log(phase=name, **line)
     return state

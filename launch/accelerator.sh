@@ -22,9 +22,9 @@
 #   beyond     other rules in training, other attacks, attackers who hide, and
 #              Feature Shift Tuning by all clients: nine pairs, the first of SEEDS
 #
-# Tables II, III and IV, and beyond, need DATA, a TFDS directory. FLAGS are added to every run,
-# as in FLAGS='rounds=1 eval_every=1' to try things out; PYTHON is the
-# interpreter. Folders count from the repository's root. RUNS (default
+# Tables II, III and IV, and beyond, need DATA, a TFDS directory. FLAGS are added
+# to every run, as in FLAGS='rounds=1 eval_every=1' to try things out; PYTHON is
+# the interpreter. Folders count from the repository's root. RUNS (default
 # runs/accelerator) is the --workdir of launch/reproduce.py; OUT (default RUNS)
 # gets a log per step, what was measured, and runs.tar.gz: settings, phases and
 # curves of all runs without their checkpoints, which

@@ -410,7 +410,7 @@ def beyond_13(bases: Bases) -> Table:
     "Beyond the paper: Feature Shift Tuning by all clients, Fashion-MNIST",
     "All: the paper's process. AW+FT, trimmed: adjusting to 20 points below,"
     " then fine-tuning by a trimmed mean. FST: Feature Shift Tuning by the"
-    f" server, on its own 5,000 images. FFST: by all clients in"
+    " server, on its own 5,000 images. FFST: by all clients in"
     f" {tuned.fst_rounds} rounds, attackers among them, by the trimmed mean, at"
     f" a rate of {tuned.fine_tune_learning_rate:g}; none of the server's images"
     " is trained on, and the best round by them is kept. Rounds and rate were"
@@ -436,7 +436,7 @@ def beyond_13(bases: Bases) -> Table:
         ("", BY_ALL[0], "robust fine-tuning", beyond.UNPRUNED[0]),
         ("", BY_ALL[0], "as long a training of a new model", ANEW[0]),
         (
-          " by Multi-Krum",
+          ", by Multi-Krum,",
           _BY_ALL_KRUM[0],
           "as long a training of a new model by it",
           _ANEW_KRUM[0],

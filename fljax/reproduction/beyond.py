@@ -370,7 +370,7 @@ def beyond_11(bases: Bases) -> Table:
 
   def cells(rule: str) -> dict[str, Cell]:
     found = {}
-    for pair in (pair for pair in paper.TABLE_1 if pair[0] == 9):
+    for pair in paper.OF_NINE:
       for attack, changes in attacks.items():
         config = plan.changed(
           plan.of_pair(bases["mnist"], pair), aggregation=rule, **changes

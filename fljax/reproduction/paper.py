@@ -14,6 +14,8 @@ PAIRS: tuple[Pair, ...] = (
   *((9, label) for label in range(9)),
   *((label, 9) for label in range(9)),
 )
+# Those of the victim that all tables have.
+OF_NINE = tuple(pair for pair in PAIRS if pair[0] == 9)
 
 # Training TA, AA; FP+AW TA, AA; All TA, AA.
 TABLE_1: dict[Pair, tuple[float, ...]] = {
