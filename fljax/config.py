@@ -755,31 +755,51 @@ class Config:
       extensions.load(self.extensions)
     for field in dataclasses.fields(self):
       _check_range(field, getattr(self, field.name))
-    self._check_consistency()
+    self._check_clients()
+    self._check_attack()
+    self._check_phases()
+    self._check_images()
+    self._check_fine_tuning()
+    self._check_search()
+    self._check_parts()
+    self._check_machines()
+    if not self.workdir:
+      raise errors.ConfigError("--workdir must not be empty.")
+    for name in PATHS:
+      require_home(f"--{name}", getattr(self, name))
 
-  def _check_consistency(self) -> None:
-    """Checks the settings that limit each other."""
-    if self.victim_label == self.target_label and self.num_attackers:
-      raise errors.ConfigError(
-        f"--victim_label and --target_label are both {self.victim_label}:"
-        " a backdoor needs two different labels."
-      )
+  def _check_clients(self) -> None:
     if self.num_attackers > self.num_clients:
       raise errors.ConfigError(
         f"--num_attackers={self.num_attackers} is more than"
         f" --num_clients={self.num_clients}."
-      )
-    if 0 < self.attacker_gain < 1:
-      # The median falls with every step.
-      raise errors.ConfigError(
-        f"--attacker_gain={self.attacker_gain:g} is out of range: it must be 0"
-        " or at least 1."
       )
     if self.clients_per_round > self.num_clients:
       raise errors.ConfigError(
         f"--clients_per_round={self.clients_per_round} is more than"
         f" --num_clients={self.num_clients}."
       )
+    if self.population == "host" and not self.clients_per_round:
+      raise errors.ConfigError(
+        "--population=host needs --clients_per_round: without it, every"
+        " client is on the device in every round."
+      )
+
+  def _check_attack(self) -> None:
+    if self.victim_label == self.target_label and self.num_attackers:
+      raise errors.ConfigError(
+        f"--victim_label and --target_label are both {self.victim_label}:"
+        " a backdoor needs two different labels."
+      )
+    if not self.attack_names:
+      raise errors.ConfigError(
+        "--attack must name what attackers do; with --num_attackers=0 there"
+        " are none."
+      )
+    for name in self.attack_names:
+      errors.require_choice("--attack", name, attacks.ATTACKS)
+      if self.attack_names.count(name) > 1:
+        raise errors.ConfigError(f"--attack={self.attack} has {name} twice.")
     largest = (self.clients_per_round or self.num_clients) / self.server_rate
     # Without this, γ = 1 would be out of range under a large server rate.
     largest = max(largest, 1.0)
@@ -789,6 +809,26 @@ class Config:
           f"--{name}={getattr(self, name):g} is out of range: γ goes from 1"
           f" to {largest:g}, clients per round over server rate."
         )
+    if 0 < self.attacker_gain < 1:
+      # The median falls with every step.
+      raise errors.ConfigError(
+        f"--attacker_gain={self.attacker_gain:g} is out of range: it must be 0"
+        " or at least 1."
+      )
+    try:
+      avoided = self.avoided_neurons
+    except ValueError:
+      raise errors.ConfigError(
+        f"--attacker_avoids={self.attacker_avoids} must be numbers of neurons,"
+        " separated by commas."
+      ) from None
+    if any(neuron < 0 for neuron in avoided):
+      raise errors.ConfigError(
+        f"--attacker_avoids={self.attacker_avoids} is out of range: neurons"
+        " are numbered from 0."
+      )
+
+  def _check_phases(self) -> None:
     known = (*pipeline.PHASES, *alone())
     unknown = [phase for phase in self.phases if phase not in known]
     again = [
@@ -809,6 +849,9 @@ class Config:
         f"--cleanse={self.cleanse}: {oracle} chooses by the attack's success,"
         " and --num_attackers is 0."
       )
+
+  def _check_images(self) -> None:
+    """Who decides, and who trains, needs images to do it with."""
     needing = [phase for phase in self.phases if phase in needing_images()]
     if needing and not self.validation_size:
       raise errors.ConfigError(
@@ -825,6 +868,8 @@ class Config:
         f"--cleanse={self.cleanse}: of one image none can be left out of the"
         " server's training (--server_holdout): raise --validation_size."
       )
+
+  def _check_fine_tuning(self) -> None:
     if -1 < self.fine_tune_drop < 0:
       raise errors.ConfigError(
         f"--fine_tune_drop={self.fine_tune_drop:g} is out of range: it must be"
@@ -839,16 +884,17 @@ class Config:
         f" images, and {why}; or images that clients do not train on, by"
         " --client_holdout."
       )
-    extensions.check_parameters(self.parameters)
-    if not self.attack_names:
+
+  def _check_search(self) -> None:
+    steps = self.delta_start / self.delta_step
+    if steps > _MOST_STEPS:
       raise errors.ConfigError(
-        "--attack must name what attackers do; with --num_attackers=0 there"
-        " are none."
+        f"--delta_step={self.delta_step:g} makes {steps:.0f} steps from"
+        f" --delta_start={self.delta_start:g}; there may be {_MOST_STEPS}."
       )
-    for name in self.attack_names:
-      errors.require_choice("--attack", name, attacks.ATTACKS)
-      if self.attack_names.count(name) > 1:
-        raise errors.ConfigError(f"--attack={self.attack} has {name} twice.")
+
+  def _check_parts(self) -> None:
+    extensions.check_parameters(self.parameters)
     if self.model in networks.BUILDERS:
       for name in ("initialisation", "conv", "pooling"):
         default = type(self).__dataclass_fields__[name].default
@@ -857,29 +903,8 @@ class Config:
             f"--{name}={getattr(self, name)} is for fljax's own networks, not"
             f" for --model={self.model}."
           )
-    try:
-      avoided = self.avoided_neurons
-    except ValueError:
-      raise errors.ConfigError(
-        f"--attacker_avoids={self.attacker_avoids} must be numbers of neurons,"
-        " separated by commas."
-      ) from None
-    if any(neuron < 0 for neuron in avoided):
-      raise errors.ConfigError(
-        f"--attacker_avoids={self.attacker_avoids} is out of range: neurons"
-        " are numbered from 0."
-      )
-    if self.population == "host" and not self.clients_per_round:
-      raise errors.ConfigError(
-        "--population=host needs --clients_per_round: without it, every"
-        " client is on the device in every round."
-      )
-    steps = self.delta_start / self.delta_step
-    if steps > _MOST_STEPS:
-      raise errors.ConfigError(
-        f"--delta_step={self.delta_step:g} makes {steps:.0f} steps from"
-        f" --delta_start={self.delta_start:g}; there may be {_MOST_STEPS}."
-      )
+
+  def _check_machines(self) -> None:
     if self.process_id >= self.num_processes:
       raise errors.ConfigError(
         f"--process_id={self.process_id} is out of range: there are"
@@ -889,10 +914,6 @@ class Config:
       raise errors.ConfigError(
         f"--num_processes={self.num_processes} needs --coordinator."
       )
-    if not self.workdir:
-      raise errors.ConfigError("--workdir must not be empty.")
-    for name in PATHS:
-      require_home(f"--{name}", getattr(self, name))
 
   @property
   def attack_names(self) -> tuple[str, ...]:
