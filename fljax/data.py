@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import contextlib
 import gzip
 import hashlib
+import logging
 import os
 from pathlib import Path
 import struct
@@ -318,9 +319,10 @@ def _decode(name: str, prepared: Path) -> dict[str, np.ndarray]:
     for split in ("train", "test"):
       source = builder.as_data_source(split)
       images, labels = [], []
-      for example in source:
-        images.append(np.asarray(example["image"], np.uint8))
-        labels.append(int(example["label"]))
+      with _without_advice():
+        for example in source:
+          images.append(np.asarray(example["image"], np.uint8))
+          labels.append(int(example["label"]))
       arrays[f"{split}_images"] = np.stack(images)
       arrays[f"{split}_labels"] = np.asarray(labels, np.int32)
   except ImportError as error:
@@ -336,6 +338,21 @@ def _decode(name: str, prepared: Path) -> dict[str, np.ndarray]:
   if not len(arrays["train_images"]) or not len(arrays["test_images"]):
     raise errors.DataError(f"{prepared} holds no {name} images.")
   return arrays
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+  """Lets TFDS not advise to install OpenCV: images are decoded only once."""
+
+  def keep(record: logging.LogRecord) -> bool:
+    return "OpenCV is not installed" not in record.getMessage()
+
+  logger = logging.getLogger("absl")
+  logger.addFilter(keep)
+  try:
+    yield
+  finally:
+    logger.removeFilter(keep)
 
 
 def _download(root: Path, name: str) -> Path:
@@ -369,7 +386,9 @@ def _cached(name: str, prepared: Path) -> dict[str, np.ndarray]:
     )
   path = cache_dir() / "data" / f"{name}-{fingerprint.hexdigest()[:16]}.npz"
   if path.is_file():
-    return _load_npz(path)
+    # A damaged one is made anew: it is nobody's but ours.
+    with contextlib.suppress(errors.DataError):
+      return _load_npz(path)
   arrays = _decode(name, prepared)
   # A cache that cannot be written costs time, not correctness.
   with contextlib.suppress(OSError):

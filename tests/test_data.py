@@ -1,13 +1,17 @@
 import gzip
 import hashlib
 import io
+import pathlib
 import subprocess
 import sys
+import types
 
+from absl import logging as absl_logging
 import chex
 import numpy as np
 import PIL.Image
 import pytest
+from tensorflow_datasets.core import read_only_builder
 
 from fljax import data
 from fljax import errors
@@ -364,11 +368,35 @@ def test_a_prepared_directory_is_decoded_once(tmp_path, monkeypatch):
   again = data.load("cifar10")
   np.testing.assert_array_equal(again.train_images, loaded.train_images)
   # Another copy, or a newer one, is not the one in the cache.
-  (cached,) = (tmp_path / "cache/fljax/data").iterdir()
   next((tmp_path / "tfds/cifar10/3.0.2").glob("*train*")).touch()
   with pytest.raises(AssertionError, match="decoded again"):
     data.load("cifar10")
-  cached.write_bytes(cached.read_bytes()[:-50])
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+  _prepare_tfds(tmp_path / "tfds")
+  loaded = data.load("cifar10")
+  (cached,) = (tmp_path / "cache/fljax/data").iterdir()
+  whole = cached.read_bytes()
+  cached.write_bytes(whole[:-50])
+  again = data.load("cifar10")
+  np.testing.assert_array_equal(again.train_images, loaded.train_images)
+  assert cached.read_bytes() == whole
+
+
+def test_what_tfds_says_is_passed_on_but_for_its_advice(caplog, monkeypatch):
+  def read():
+    absl_logging.warning("OpenCV is not installed. We recommend using it.")
+    absl_logging.warning("something else")
+    yield {"image": np.zeros((4, 4, 3)), "label": 0}
+
+  monkeypatch.setattr(
+    read_only_builder,
+    "builder_from_directory",
+    lambda _: types.SimpleNamespace(as_data_source=lambda _: read()),
+  )
+  data._decode("cifar10", pathlib.Path("cifar10"))
+  assert caplog.messages == ["something else"] * 2
 
 
 def test_a_damaged_prepared_directory_is_named(tmp_path):
