@@ -73,8 +73,8 @@ def uniform_fan_in(
 
 
 # The scale of the initial weights decides whether a backdoor's weights stand
-# out as extreme (BUILD_NOTES.md, "Calibration"), so it is an experiment's
-# variable, not an implementation detail.
+# out as extreme, and whether a network trains at all (BUILD_NOTES.md,
+# "CIFAR-10"), so it is an experiment's variable, not an implementation detail.
 INITIALISERS: dict[str, Initializer] = {
   "uniform": uniform_fan_in,
   "he": nn.initializers.he_normal(),
