@@ -105,7 +105,7 @@ for name in ${*:-$all}; do
         --figure=3,5,6,10,8,7 --beyond=1,3
       ;;
     beyond)
-      reproduce beyond "$runs" --beyond=11,12,13,14 --seeds="${seeds%%,*}"
+      reproduce beyond "$runs" --beyond=11,12,13,14,15 --seeds="${seeds%%,*}"
       ;;
   esac
 done

@@ -55,6 +55,7 @@ BEYOND: dict[int, Callable[[Bases], Table]] = {
   12: attacked.beyond_12,
   13: alone.beyond_13,
   14: attacked.beyond_14,
+  15: attacked.beyond_15,
 }
 # By the flag that asks for it, in the order in which the page shows it.
 KINDS: dict[str, Mapping[int, Callable[[Bases], Table | Figure]]] = {
