@@ -52,6 +52,8 @@ ACCURACY_BEFORE = "accuracy_before"
 _ACCURACY, _LEFT = "accuracy", "accuracy_left_out"
 # How much of a search is lost by `kill -9`.
 _SECONDS_BETWEEN_KEEPING = 60
+# In how many of Feature Shift Tuning's rounds TA and AA are measured.
+_MOST_SHOWN = 40
 # The model after a phase, what results.json says of it, and the lines of its
 # curve in metrics.jsonl, for the figures: asked for when the phase is over.
 Outcome = tuple[Any, dict[str, Any], Callable[[], Iterator[dict[str, Any]]]]
@@ -364,6 +366,8 @@ class Phases:
       config.fst_rounds,
       # What a rule remembers is of another last layer.
       anew=True,
+      # Of many rounds of few steps, evaluations would be the most of it.
+      shown_every=max(config.fst_rounds // _MOST_SHOWN, 1),
     )
     # If no round is better than chance, the model is what it was.
     after = after.replace(told=()) if facts["kept_round"] else state
@@ -377,12 +381,15 @@ class Phases:
     most: int,
     *,
     anew: bool = False,
+    shown_every: int = 0,
     **until: Any,
   ) -> Outcome:
     """Rounds with everybody, of which the best is kept (`fine_tune`).
 
     Another rule than training's begins with a state of its own, which is left
-    behind, and so does the same one if it is to begin anew.
+    behind, and so does the same one if it is to begin anew. TA and AA are
+    measured every so many rounds; 0 leaves them to the block of rounds, which
+    is then training's.
     """
     config, experiment = self.config, self.experiment
     rate = config.fine_tune_learning_rate or config.last_learning_rate
@@ -393,25 +400,36 @@ class Phases:
     )
     lines: list[dict[str, Any]] = []
 
+    examples = experiment.examples
+    # The round that is kept is chosen by it: not where clients decide.
+    examples.pop("validation", None)
+    shown = dict(examples)
+    if shown_every:
+      examples = {}
+    if self._deciding is not None:
+      examples["validation"] = self._deciding
+
     def tell(done: int, state: Any, metrics: rounds.RoundMetrics) -> None:
-      del state
+      if shown_every and (done % shown_every == 0 or done == most):
+        measured = {
+          name: evaluate.measure(experiment.model, state.params, one)
+          for name, one in shown.items()
+        }
+        metrics = metrics.replace(accuracies={**metrics.accuracies, **measured})
       line = {"round": done, **workdirs.metrics_line(metrics)}
       lines.append(line)
       if not done:
         # The model as it came in, which no client trained.
         del line["loss"]
         return
-      self.console.advance(done, line["test_accuracy"], line["attack_success"])
+      self.console.advance(
+        done, line.get("test_accuracy"), line.get("attack_success")
+      )
       # Nothing of this phase is saved before its end; it is short.
       if done < most:
         self.check_stop()
 
     self.console.start(name, most, 0)
-    examples = experiment.examples
-    # The round that is kept is chosen by it: not where clients decide.
-    examples.pop("validation", None)
-    if self._deciding is not None:
-      examples["validation"] = self._deciding
     of_training = state.aggregator
     anew = anew or "aggregation" in config.tuning
     if anew:

@@ -84,11 +84,15 @@ def _draw(axes: Any, x: list[float], lines: list[Line], marker: str) -> None:
     ("attack_success", "attack success (AA)", _ATTACK, "-"),
     ("accuracy", "accuracy as the server knows it", _VALIDATION, "--"),
   ):
-    values = [line.get(key) for line in lines]
-    if any(value is not None for value in values):
+    # Not every round is evaluated on everything.
+    known = [
+      (place, 100 * line[key])
+      for place, line in zip(x, lines, strict=True)
+      if line.get(key) is not None
+    ]
+    if known:
       axes.plot(
-        x,
-        [np.nan if v is None else 100 * v for v in values],
+        *zip(*known, strict=True),
         style,
         color=colour,
         label=label,

@@ -637,14 +637,14 @@ def metrics_line(metrics: Any) -> dict[str, Any]:
   """What a block of rounds tells, as metrics.jsonl has it.
 
   Args:
-    metrics: `rounds.RoundMetrics`, with an accuracy on the experiment's "test".
+    metrics: `rounds.RoundMetrics`, with accuracies on some of the experiment's
+      `examples`; "backdoored" comes with "test".
   """
   measured = {name: float(value) for name, value in metrics.accuracies.items()}
-  line = {
-    "loss": float(metrics.loss),
-    "test_accuracy": measured["test"],
-    "attack_success": measured.get("backdoored"),
-  }
+  line: dict[str, Any] = {"loss": float(metrics.loss)}
+  if "test" in measured:
+    line["test_accuracy"] = measured["test"]
+    line["attack_success"] = measured.get("backdoored")
   # As in the searches: what the server can go by.
   for name in ("validation", "reported"):
     if name in measured:

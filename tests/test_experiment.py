@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from fljax import attacks
+from fljax import cleansing
 from fljax import config as configs
 from fljax import errors
 from fljax import evaluate
@@ -35,6 +36,11 @@ from fljax import workdir as workdirs
 from fljax.baselines import feature_shift
 from fljax.baselines import phases
 from fljax.cleanse import pipeline
+
+
+def _metrics(folder):
+  text = (Path(folder) / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +109,7 @@ def test_a_run_leaves_what_is_promised(config):
 
   folder = experiment.workdirs.Path(config.workdir)
   assert json.loads((folder / "results.json").read_text()) == results
-  lines = [
-    json.loads(line)
-    for line in (folder / "metrics.jsonl").read_text().splitlines()
-  ]
+  lines = _metrics(folder)
   phases = [line["phase"] for line in lines]
   assert phases.count("training") == 3 and phases.count("fp") == 9
   assert phases.count("fp+ft") == 4
@@ -468,6 +471,7 @@ def test_clients_shift_features_as_the_settings_say(config, monkeypatch):
     return extra._replace(gradients=gradients)
 
   monkeypatch.setattr(feature_shift, "by_clients", spied)
+  monkeypatch.setattr(cleansing, "_MOST_SHOWN", 1)
   experiment._block.cache_clear()
   config = _with(config, cleanse="ffst", fst_rounds=2, rounds=4, devices=1)
   kernels = []
@@ -478,6 +482,12 @@ def test_clients_shift_features_as_the_settings_say(config, monkeypatch):
     told.clear()
     results = experiment.run(changed, quiet=True)
     assert results["phases"][-1]["fine_tune_rounds"] == 2
+    # TA and AA are for the figure; the server's accuracy decides.
+    lines = [
+      line for line in _metrics(changed.workdir) if line["phase"] == "ffst"
+    ]
+    assert ["test_accuracy" in line for line in lines] == [True, False, True]
+    assert all("accuracy" in line for line in lines)
     made, trained = experiment.load(changed.workdir, phase="training")
     path = models.classifier_path(made.model, trained.params)
     before = models.head_leaf(trained.params, path)
