@@ -237,7 +237,8 @@ def geometric_median(steps: int = 8) -> Aggregator:
   By the smoothed Weiszfeld algorithm, from the median of each parameter.
   Distances are over all that is sent, batch normalisation's running statistics
   included. Less than half of the clients cannot take it arbitrarily far,
-  whatever they send; what is not finite is left out.
+  whatever they send; what is not finite is left out, but counts as zeros in
+  that median.
 
   Args:
     steps: of the algorithm.

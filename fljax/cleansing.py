@@ -176,8 +176,8 @@ class Phases:
     """The server's images that decide in a phase, and those it may train on.
 
     Accuracy on images that a model was trained on says little: in a chain, the
-    server's own training leaves some for the phases after it to decide by.
-    None decide where clients do.
+    server's own training leaves some for fp, ft, aw and ffst after it to decide
+    by. None decide where clients do.
     """
     everything, config = self.experiment.validation, self.config
     if not config.server_decides:

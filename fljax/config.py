@@ -661,7 +661,7 @@ class Config:
     0.2,
     "Share of the server's images that nc-unlearn, fine-pruning and fst, and"
     " defences of your own that need images, leave out of their training where"
-    " fp, ft or aw comes after them; those then decide by the accuracy on that"
+    " fp, ft, aw or ffst comes after; those then decide by the accuracy on that"
     " share alone. 0: all train, and all decide what they were trained on.",
     low=0,
     high=0.9,
@@ -763,8 +763,9 @@ class Config:
     self._check_search()
     self._check_parts()
     self._check_machines()
-    if not self.workdir:
-      raise errors.ConfigError("--workdir must not be empty.")
+    for name in ("workdir", "compilation_cache"):
+      if not getattr(self, name):
+        raise errors.ConfigError(f"--{name} must not be empty.")
     for name in PATHS:
       require_home(f"--{name}", getattr(self, name))
 
@@ -800,6 +801,11 @@ class Config:
       errors.require_choice("--attack", name, attacks.ATTACKS)
       if self.attack_names.count(name) > 1:
         raise errors.ConfigError(f"--attack={self.attack} has {name} twice.")
+      for key in extensions.reads(name):
+        if key not in type(self).__dataclass_fields__:
+          raise errors.ConfigError(
+            f"the attack {name!r} reads {key!r}, which is no setting."
+          )
     largest = (self.clients_per_round or self.num_clients) / self.server_rate
     # Without this, γ = 1 would be out of range under a large server rate.
     largest = max(largest, 1.0)
@@ -909,6 +915,11 @@ class Config:
       raise errors.ConfigError(
         f"--process_id={self.process_id} is out of range: there are"
         f" --num_processes={self.num_processes}, numbered from 0."
+      )
+    host, _, port = self.coordinator.rpartition(":")
+    if self.coordinator and not (host and port.isdecimal()):
+      raise errors.ConfigError(
+        f"--coordinator={self.coordinator} is not of the form host:port."
       )
     if self.num_processes > 1 and not self.coordinator:
       raise errors.ConfigError(
@@ -1064,9 +1075,14 @@ class Config:
     }
     # What they are to training is in its parts' code.
     del found["parameters"]
-    if self.aggregation in aggregators.WITHOUT_TRIM:
+    own = [
+      name for name in self.attack_names if extensions.is_own("attack", name)
+    ]
+    if self.aggregation in aggregators.WITHOUT_TRIM and not own:
       # It is fine-tuning's alone then.
       del found["aggregation_trim"]
+    for name in own:
+      found |= {key: getattr(self, key) for key in extensions.reads(name)}
     return {**found, TRAINING_CODE: self.code[TRAINING_CODE]}
 
   def structure(self) -> dict[str, Any]:

@@ -255,6 +255,9 @@ def setup(
     )
   if config.pruning == configs.GAIN and "fp" in config.phases:
     models.require_plain_target(model, f"--pruning={configs.GAIN}")
+  if "fst" in config.phases:
+    # Not after hours of training.
+    models.classifier_path(model, jax.eval_shape(model.init, jax.random.key(0)))
   block = (
     twin.block if twin else _block(_kind_of_block(config, model, plan, {}))
   )

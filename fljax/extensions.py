@@ -27,6 +27,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import MutableMapping
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -61,9 +62,12 @@ _REGISTRIES: dict[str, MutableMapping[str, Any]] = {
   "attack": attacks.ATTACKS,
   "defence": phases.DEFENCES,
 }
+# Names that mean something already: of phases, that of training and the paper's
+# whole process; of rules, for fine-tuning, training's.
 _BUILT_IN: dict[str, Collection[str]] = {
   "network": networks.NETWORKS,
-  "defence": (*pipeline.PHASES, *phases.BASELINES),
+  "aggregator": ("same",),
+  "defence": (*pipeline.PHASES, *phases.BASELINES, "training", "all"),
 }
 # What a part must return.
 _MADE: dict[str, Callable[[Any], bool]] = {
@@ -86,11 +90,13 @@ class _Origin(NamedTuple):
     path: the file; None of what is typed in.
     line: of it, where the function begins, decorators included.
     parameters: what the function may be given, with its defaults.
+    reads: of an attack, the settings of cleansing that it goes by.
   """
 
   path: Path | None
   line: int
   parameters: dict[str, bool | int | float | str]
+  reads: tuple[str, ...] = ()
 
 
 # By kind and name.
@@ -156,20 +162,68 @@ def aggregator(name: str) -> Callable[[Part], Part]:
   return _registering("aggregator", name)
 
 
-def attack(name: str) -> Callable[[Part], Part]:
+def attack(name: str, *, reads: Collection[str] = ()) -> Callable[[Part], Part]:
   """Registers an attack, for `--attack`.
 
   Args:
     name: what it is called.
+    reads: settings of cleansing that it goes by, such as "pruning_rate". A
+      model that was trained under attack is taken over by runs that differ in
+      cleansing, so that an attack is shown no such setting but these, in which
+      those runs must not differ then.
 
   Returns:
     A decorator of a function of the network (`models.Model`) and the settings
-    (`config.Config`) that returns an `attacks.Attack`.
+    (as `config.Config` has them) that returns an `attacks.Attack`.
 
   Raises:
     errors.ConfigError: the name is taken, or no name.
   """
-  return _registering("attack", name)
+
+  def guarded(make: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda model, config, **options: make(
+      model, _Seen(config, name, reads), **options
+    )
+
+  register = _registering("attack", name, guarded)
+
+  def remember(function: Part) -> Part:
+    register(function)
+    _code["attack", name] = _code["attack", name]._replace(reads=tuple(reads))
+    return function
+
+  return remember
+
+
+class _Seen:
+  """The settings, less those of cleansing that an attack does not name."""
+
+  def __init__(self, config: Any, name: str, reads: Collection[str]):
+    self._config, self._name = config, name
+    self._hidden = {
+      field.name
+      for field in dataclasses.fields(config)
+      if field.metadata["cleansing"] and field.name not in reads
+    }
+
+  def __getattr__(self, key: str) -> Any:
+    if key in ("_config", "_name", "_hidden"):  # Not there yet, in a copy.
+      raise AttributeError(key)
+    if key in self._hidden:
+      raise errors.ConfigError(
+        f"the attack {self._name!r} reads {key}, a setting of cleansing,"
+        " without saying so: see reads of fljax.extensions.attack."
+      )
+    found = inspect.getattr_static(type(self._config), key, None)
+    if isinstance(found, property) and found.fget is not None:
+      return found.fget(self)
+    return getattr(self._config, key)
+
+
+def reads(name: str) -> tuple[str, ...]:
+  """The settings of cleansing that an attack of a user's own goes by."""
+  known = _code.get(("attack", name))
+  return known.reads if known else ()
 
 
 def defence(name: str, *, needs_images: bool = True) -> Callable[[Part], Part]:
@@ -177,8 +231,8 @@ def defence(name: str, *, needs_images: bool = True) -> Callable[[Part], Part]:
 
   Args:
     name: what it is called.
-    needs_images: whether it asks for images of the server's own. Where fp, ft
-      or aw comes after it, a share of them is left to these then
+    needs_images: whether it asks for images of the server's own. Where fp, ft,
+      aw or ffst comes after one that does, a share of them is left to these
       (`--server_holdout`). Otherwise it is given all that there are, if any.
 
   Returns:
@@ -307,19 +361,21 @@ def check_parameters(text: str) -> None:
   """
   seen = set()
   for part, key, value in _given(text):
-    known: dict[str, Any] = {}
-    for kind in _REGISTRIES:
-      known |= parameters(kind, part)
+    # Parts of several kinds may have one name, and then share the value.
+    known = [parameters(kind, part) for kind in _REGISTRIES]
     what = f"--parameters={text}: {part}.{key}"
-    if key not in known:
-      some = f"it has {', '.join(known)}" if known else "it has none"
+    defaults = [one[key] for one in known if key in one]
+    if not defaults:
+      names = ", ".join(name for one in known for name in one)
+      some = f"it has {names}" if names else "it has none"
       raise errors.ConfigError(f"{what} is no parameter of {part}: {some}.")
-    try:
-      _value_of(value, known[key])
-    except ValueError:
-      raise errors.ConfigError(
-        f"{what} must be of type {type(known[key]).__name__}."
-      ) from None
+    for default in defaults:
+      try:
+        _value_of(value, default)
+      except ValueError:
+        raise errors.ConfigError(
+          f"{what} must be of type {type(default).__name__}."
+        ) from None
     if (part, key) in seen:
       raise errors.ConfigError(f"--parameters={text} has {part}.{key} twice.")
     seen.add((part, key))

@@ -136,6 +136,26 @@ def in_training(
   return model.in_training(params, images, mask)
 
 
+def summed_activations(
+  model: Model, params: Params, images: Array, mask: Array
+) -> Array:
+  """Each neuron's activation, summed over images.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    images: [batch, height, width, channels].
+    mask: bool [batch], the images that count.
+
+  Returns:
+    float [neurons]: of each image the mean over the channel's positions, after
+    the ReLU.
+  """
+  active = model.activations(params, model.stem(params, images))
+  means = active.reshape(len(mask), -1, model.neurons).mean(axis=1)
+  return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
+
+
 def is_running_statistic(path: tuple[Any, ...]) -> bool:
   """Whether a leaf of the parameters is a running statistic, by its path.
 

@@ -153,6 +153,10 @@ def test_every_range_is_checked(field):
     ({"attacker_avoids": "1,-2"}, "numbered from 0"),
     ({"attacker_gain": 0.5}, "must be 0 or at least 1"),
     ({"workdir": ""}, "workdir must not be empty"),
+    ({"compilation_cache": ""}, "compilation_cache must not be empty"),
+    ({"coordinator": "host"}, "coordinator=host is not of the form host:port"),
+    ({"coordinator": ":1234"}, "is not of the form host:port"),
+    ({"coordinator": "host:port"}, "is not of the form host:port"),
     ({"delta_start": 1000.0, "delta_step": 0.001}, "makes 1000000 steps"),
     *(
       ({name: "~no-such-user/x.npz"}, f"--{name}=~no-such-user/x.npz is in the")

@@ -9,6 +9,7 @@ import shutil
 from conftest import ROOT
 from conftest import TINY_SETTINGS
 from conftest import write_images
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from fljax import config as configs
 from fljax import errors
 from fljax import experiment
 from fljax import extensions
+from fljax import models
 from fljax import networks
 from fljax import sweep
 from fljax import triggers
@@ -355,6 +357,27 @@ def test_parameters_are_swept_and_a_defences_make_no_other_training(
   assert pruned[0] and not pruned[1]
 
 
+def test_parts_of_one_name_share_a_parameter_that_fits_both():
+  @extensions.attack("both")
+  def attacking(model, config, *, radius=0.5):
+    del model, config, radius
+    return attacks.Attack()
+
+  @extensions.aggregator("both")
+  def combining(trim, *, radius=2):
+    del trim, radius
+    return aggregators.mean()
+
+  given = {"aggregation": "both", "attack": "both"}
+  with pytest.raises(
+    errors.ConfigError, match=r"both\.radius must be of type i"
+  ):
+    configs.Config(**given, parameters="both.radius=0.5")
+  config = configs.Config(**given, parameters="both.radius=3")
+  for kind, value in (("attack", 3.0), ("aggregator", 3)):
+    assert config.parameters_of(kind, "both") == {"radius": value}
+
+
 def test_an_attack_of_ones_own_sees_its_own_settings_in_a_sweep(settings):
   @extensions.attack("aim")
   def aim(model, config):
@@ -381,6 +404,67 @@ def test_an_attack_of_ones_own_sees_its_own_settings_in_a_sweep(settings):
     )
     moved.append(float(leaves[0].mean()))
   assert moved[1] == pytest.approx(3 * moved[0], rel=1e-3) and moved[0] > 0
+
+
+def _knowing(name, **reads):
+  """An attack that sends the rate of pruning, and may say that it reads it."""
+
+  @extensions.attack(name, **reads)
+  def knowing(model, config):
+    del model
+
+    def updates(updates, clients, active):
+      del clients, active
+      sent = config.pruning_rate
+      return jax.tree.map(lambda leaf: jnp.full_like(leaf, sent), updates)
+
+    return attacks.Attack(updates=updates)
+
+
+def test_an_attack_that_reads_cleansing_makes_another_model(settings):
+  """Or a run would take over what was trained under another attack."""
+  _knowing("knowing", reads=("pruning_rate",))
+  base = configs.Config(**{**settings, "attack": "knowing", "rounds": 1})
+  found = sweep.expand(base, "pruning_rate=0.3,0.9;pruning_drop=0.1,0.2")
+  outcome = sweep.run(found, quiet=True)
+  sent = {}
+  for name, config in found.items():
+    made, state = experiment.load(config.workdir, phase="training")
+    before = made.init_state().params
+    moved = jax.tree.map(lambda new, old: new - old, state.params, before)
+    mean = float(jax.tree.leaves(moved)[0].mean())
+    sent.setdefault(config.pruning_rate, []).append(mean)
+    # What it does not read changes nothing about the model.
+    again = "pruning_drop=0.2" in name
+    assert ("taken_from" in outcome.results[name]["phases"][0]) == again
+  (low,), (high,) = ({*means} for means in sent.values())
+  assert high == pytest.approx(3 * low, rel=1e-3) and low > 0
+  other = dataclasses.replace(
+    base, trained_in=f"{base.workdir}/{min(found)}", pruning_rate=0.5
+  )
+  other = dataclasses.replace(other, workdir=f"{base.workdir}-other")
+  with pytest.raises(errors.WorkdirError, match=r"pruning_rate: 0\.3 there"):
+    experiment.run(other, quiet=True)
+
+
+def test_an_attack_that_does_not_say_what_it_reads_is_refused(settings):
+  _knowing("silent")
+  config = configs.Config(**{**settings, "attack": "silent", "rounds": 1})
+  with pytest.raises(errors.ConfigError, match="'silent' reads pruning_rate"):
+    experiment.run(config, quiet=True)
+
+  @extensions.attack("sly")
+  def sly(model, config):
+    del model
+    return attacks.Attack() if config.phases else None
+
+  with pytest.raises(errors.ConfigError, match="'sly' reads cleanse, a set"):
+    experiment.setup(configs.Config(**{**settings, "attack": "sly"}))
+  _knowing("mistaken", reads=("pruning",))
+  _knowing("wrong", reads=("prunning_rate",))
+  assert configs.Config(attack="mistaken").training()["pruning"] == "mvp"
+  with pytest.raises(errors.ConfigError, match="'prunning_rate', which is no"):
+    configs.Config(attack="wrong")
 
 
 def test_what_has_no_batched_form_runs_one_after_another(settings, capsys):
@@ -615,6 +699,11 @@ def test_what_is_none_of_its_kind_is_refused(settings, kind, named, made):
     (extensions.attack, "backdoor"),
     (extensions.defence, "fst"),
     (extensions.defence, "aw"),
+    # Of phases, that of training and the paper's whole process.
+    (extensions.defence, "training"),
+    (extensions.defence, "all"),
+    # As --fine_tune_aggregation has training's.
+    (extensions.aggregator, "same"),
   ],
 )
 def test_taken_names_and_no_names_are_refused(register, name):
@@ -626,6 +715,35 @@ def test_taken_names_and_no_names_are_refused(register, name):
   register("mine")(lambda *_: None)
   with pytest.raises(errors.ConfigError, match="'mine' exists already"):
     register("mine")(lambda *_: None)
+
+
+class _Layer(nn.Module):
+  features: int
+  last: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(self.features, (3, 3))(x)
+    return x.mean(axis=(1, 2)) if self.last else nn.relu(x)
+
+
+@pytest.mark.parametrize("phase", ["fst", "ffst"])
+def test_a_network_without_a_last_layer_is_refused_before_training(
+  settings, phase
+):
+  @extensions.network("pooled")
+  def pooled(*, num_classes, **shape):
+    return models.from_flax(
+      stem=_Layer(4),
+      target=_Layer(4),
+      head=_Layer(num_classes, last=True),
+      num_classes=num_classes,
+      **shape,
+    )
+
+  config = configs.Config(**{**settings, "model": "pooled", "cleanse": phase})
+  with pytest.raises(errors.ConfigError, match="head has no linear layer"):
+    experiment.setup(config)
 
 
 @pytest.mark.parametrize(

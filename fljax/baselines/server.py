@@ -71,9 +71,7 @@ def mean_activations(
   """
 
   def total(batch: evaluate.Examples) -> Array:
-    active = model.activations(params, model.stem(params, batch.images))
-    means = active.reshape(len(batch.mask), -1, model.neurons).mean(axis=1)
-    return jnp.where(batch.mask[:, jnp.newaxis], means, 0).sum(axis=0)
+    return models.summed_activations(model, params, batch.images, batch.mask)
 
   sums = lax.map(total, examples).sum(axis=0)
   return sums / jnp.maximum(examples.mask.sum(), 1).astype(sums.dtype)

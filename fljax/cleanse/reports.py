@@ -98,9 +98,7 @@ def client_activations(
     params: models.Params, images: Array, labels: Array, mask: Array
   ) -> Array:
     del labels
-    active = model.activations(params, model.stem(params, images))
-    means = active.reshape(images.shape[0], -1, model.neurons).mean(axis=1)
-    return jnp.where(mask[:, jnp.newaxis], means, 0).sum(axis=0)
+    return models.summed_activations(model, params, images, mask)
 
   return client_mean(total, params, federation)
 
