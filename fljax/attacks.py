@@ -39,7 +39,9 @@ class DataHook(Protocol):
     """Changes the rows of `federation.attacker`.
 
     Args:
-      federation: all clients, see `federation.Federation` for its arrays.
+      federation: all clients, see `federation.Federation` for its arrays; with
+        `--population=host` the attackers alone, each of which is therefore to
+        be changed by what it has itself.
       key: random key.
 
     Returns:

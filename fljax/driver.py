@@ -407,7 +407,8 @@ def write_report(
     config: its settings.
     results: the contents of its results.json.
     workdir: its folder.
-    dataset: its data; None loads it if need be.
+    dataset: its data; None loads it if need be, and shows no trigger where it
+      is gone.
   """
   # An earlier version's results lack what it did not have.
   results = {**results, "config": {**config.defaults(), **results["config"]}}
@@ -418,10 +419,13 @@ def write_report(
     # matplotlib is slow to import, and not needed to train.
     from fljax import report
 
-    images = dataset or data.load(
-      config.dataset, config.data_dir or None, download=config.download
-    )
-    shown = trigger_images(config, images)
+    shown: list[tuple[str, np.ndarray]] = []
+    # Results outlive their data: but for the trigger all is in the folder.
+    with contextlib.suppress(errors.DataError):
+      images = dataset or data.load(
+        config.dataset, config.data_dir or None, download=config.download
+      )
+      shown = trigger_images(config, images)
     report.write(workdir, results, shown)
 
   if config.figures:

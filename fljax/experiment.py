@@ -790,10 +790,9 @@ def use_devices(config: Config) -> None:
 
 def use_compilation_cache(config: Config) -> None:
   """Keeps compiled programs between runs, unless told not to."""
+  folder: Path | None = data.cache_dir() / "programs"
   if config.compilation_cache == "off":
-    return
-  programs.keep(
-    data.cache_dir() / "programs"
-    if config.compilation_cache == "default"
-    else Path(config.compilation_cache).expanduser()
-  )
+    folder = None
+  elif config.compilation_cache != "default":
+    folder = Path(config.compilation_cache).expanduser()
+  programs.keep(folder)

@@ -127,10 +127,7 @@ def create(
     rate=jnp.ones(clients, jnp.float32),
     attack_rate=jnp.ones(clients, jnp.float32),
     trigger=jax.tree.map(
-      lambda *leaves: jnp.stack(
-        [leaves[client % len(pieces)] for client in range(clients)]
-      ),
-      *pieces,
+      lambda *leaves: jnp.stack(leaves)[ids % len(pieces)], *pieces
     ),
   )
 

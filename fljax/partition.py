@@ -22,8 +22,7 @@ class Partition(NamedTuple):
   """Sample indices per client.
 
   Attributes:
-    indices: int32 [clients, samples], into the training images. Padding
-      repeats an index of the same client, or is 0.
+    indices: int32 [clients, samples], into the training images; padding is 0.
     mask: bool [clients, samples], False for padding.
   """
 

@@ -15,6 +15,7 @@ from typing import Any
 import warnings
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import tqdm
 
 # After so many experiments of different programs, a process should forget
@@ -26,7 +27,7 @@ _SAYS = r"Error (reading|writing) persistent compilation cache entry for "
 _TROUBLE = re.compile(_SAYS + r"'(.+?)': (.*)", re.DOTALL)
 
 
-def keep(folder: str | Path) -> None:
+def keep(folder: str | Path | None) -> None:
   """Keeps compiled programs in a folder, and takes them from there.
 
   One that cannot be read is thrown away, with all of its name, and compiled
@@ -34,9 +35,15 @@ def keep(folder: str | Path) -> None:
   stderr says so.
 
   Args:
-    folder: of the programs; made when there is something to keep.
+    folder: of the programs; made when there is something to keep. None keeps
+      none, and takes none.
   """
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  name = None if folder is None else str(folder)
+  jax.config.update("jax_compilation_cache_dir", name)
+  # Or JAX stays with the folder that it first used.
+  compilation_cache.reset_cache()
+  if folder is None:
+    return
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   # Two programs may have one name, and a warning is else shown once.
   warnings.filterwarnings("always", _SAYS)

@@ -317,6 +317,7 @@ def make_round(
       # be stopped by that client's loss.
       known = trains & jnp.isfinite(losses)
       loss = jnp.nanmean(jnp.where(known, losses, jnp.nan))
+      loss = jnp.where(trains.any(), loss, 0)
     else:
       count = jnp.maximum(trains.astype(losses.dtype).sum(), 1)
       loss = jnp.where(trains, losses, 0).sum() / count
@@ -426,19 +427,23 @@ def make_streamed_block(
 
     _check_cohort(cohort_size, federation.num_clients)
 
-    def cohort(index: int) -> federations.Federation:
-      ids = federation.clients.ids
-      chosen = choose(ids, cohort_size, own_key, np.int32(index))
-      return federation.cohort(np.asarray(chosen))
-
-    first = int(state.round)
-    last = first + int(rounds)
+    ids, first = federation.clients.ids, int(state.round)
+    # Of all rounds, before any of them: a device does one thing after another,
+    # and the next choice would wait for the round in progress.
+    chosen = [
+      np.asarray(choose(ids, cohort_size, own_key, np.int32(index)))
+      for index in range(first, first + int(rounds))
+    ]
     metrics, bad_rounds = _no_round(), []
-    waiting = cohort(first) if first < last else None
-    for index in range(first, last):
+    waiting = federation.cohort(chosen[0]) if chosen else None
+    for following in range(1, len(chosen) + 1):
       state, metrics = one_round(state, waiting, key)
+      if bad_rounds:
+        # No more than two cohorts are on the device.
+        jax.block_until_ready(bad_rounds[-1])
       bad_rounds.append(metrics.bad_round)
-      waiting = cohort(index + 1) if index + 1 < last else None
+      more = following < len(chosen)
+      waiting = federation.cohort(chosen[following]) if more else None
     bad = next((one for one in bad_rounds if int(one)), metrics.bad_round)
     return state, metrics.replace(
       bad_round=bad, accuracies=measure(state.params, examples)

@@ -643,9 +643,9 @@ def run(
 
 
 def _allow_files(folders: int) -> None:
-  """Each folder is kept by an open file; often a process may have but 1,024."""
+  """Two of each folder are open; often a process may have but 1,024."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  wanted = soft + folders
+  wanted = soft + 2 * folders
   if hard != resource.RLIM_INFINITY:
     wanted = min(wanted, hard)
   with contextlib.suppress(ValueError, OSError):

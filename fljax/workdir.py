@@ -437,7 +437,7 @@ class Workdir:
       errors.CheckpointError: all are damaged, or belong to another model.
     """
     for _, path in self._checkpoints(partial=True):
-      if path.name.startswith(".") or path.name.endswith(".partial"):
+      if path.name.startswith("."):
         shutil.rmtree(path, ignore_errors=True)
     paths = [path for _, path in self._checkpoints()]
     if not paths:
@@ -781,7 +781,9 @@ def list_checkpoints(
   folder = workdir / CHECKPOINTS
   found = []
   for path in folder.iterdir() if folder.is_dir() else ():
-    whole = re.fullmatch(r"(\d+)-[a-z+-]+", path.name)
+    # A phase is called as a user calls a defence; what is being written is
+    # hidden.
+    whole = re.fullmatch(r"(\d+)-[A-Za-z0-9_.+-]+", path.name)
     if whole and not partial:
       found.append((int(whole[1]), path))
     elif not whole and partial:

@@ -1,5 +1,7 @@
 """Clients on the host give what clients on the device give."""
 
+import time
+
 import chex
 from conftest import IMAGE_SHAPE
 from conftest import TRIGGER
@@ -9,6 +11,8 @@ from conftest import make_images
 from conftest import make_round
 from conftest import make_state
 import jax
+from jax import lax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,6 +79,34 @@ def test_training_is_the_same_wherever_the_images_are(model, lengths):
   assert int(state.round) == 4
   assert float(found.loss) == pytest.approx(float(metrics.loss), rel=1e-6)
   assert found.accuracies == metrics.accuracies
+
+
+def test_the_next_cohort_is_gathered_while_a_round_computes(model, monkeypatch):
+  """And no sooner: two cohorts are on the device at most."""
+  _, population, _ = make_both()
+  times = []
+
+  def run_round(state, cohort, key):
+    del cohort, key
+    big = jnp.full((300, 300), 1 / 300)
+    busy = lax.fori_loop(0, 500, lambda _, x: x @ big, big)[0, 0]
+    state = state.replace(round=state.round + 1)
+    bad = jnp.where(jnp.isfinite(busy), 0, state.round)
+    return state, rounds.RoundMetrics(loss=busy, bad_round=bad)
+
+  block = rounds.make_streamed_block(model, run_round, 3)
+  state, _ = block(make_state(model), population, KEY, 2)  # Compiles.
+  gather = populations.Population.cohort
+
+  def spied(self, chosen):
+    times.append(time.perf_counter())
+    return gather(self, chosen)
+
+  monkeypatch.setattr(populations.Population, "cohort", spied)
+  block(state, population, KEY, 4)
+  first, second, third = np.diff(times)
+  # The first round has hardly begun; the others wait for the one before.
+  assert first < min(second, third) / 2
 
 
 def test_fine_tuning_has_its_own_amplification_and_rate(model):

@@ -81,6 +81,24 @@ def test_where_none_can_be_kept_one_line_says_so(tmp_path, missing):
   ]
 
 
+def test_another_folder_or_none_takes_over_from_the_first(tmp_path):
+  script = """
+import sys
+
+import jax
+
+from fljax import programs
+
+for number, folder in enumerate([sys.argv[1], sys.argv[2], None]):
+  programs.keep(folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.jit(lambda x: (number + 2) * x)(21.0)
+"""
+  folders = [tmp_path / name for name in ("first", "second")]
+  subprocess.run([sys.executable, "-c", script, *folders], check=True)
+  assert [len(sizes(folder)) for folder in folders] == [1, 1]
+
+
 def test_a_folder_that_may_not_be_looked_into_ends_nothing(
   tmp_path, monkeypatch, capsys
 ):

@@ -387,6 +387,11 @@ def test_the_loss_is_that_of_clients_with_samples(model, aggregator):
   loss = float(run(make_state(model), federation, KEY)[1].loss)
   assert loss == pytest.approx(np.mean(losses), rel=1e-5)
   assert float(run(make_state(model), alone, KEY)[1].loss) == losses[0] > 0.5
+  nobody = federation.replace(mask=jnp.zeros_like(federation.mask))
+  state = make_state(model)
+  after, metrics = run(state, nobody, KEY)
+  assert float(metrics.loss) == 0 and int(metrics.bad_round) == 0
+  chex.assert_trees_all_equal(after.params, state.params)
 
 
 @pytest.mark.parametrize(

@@ -660,6 +660,11 @@ def test_finished_runs_of_other_data_are_not_averaged_with(folder):
     experiment.run(alone, quiet=True)
   own.unlink()  # Results outlive their data.
   assert experiment.run(alone, quiet=True)["phases"]
+  # And so does the report, but for the trigger on an image.
+  drawn = dataclasses.replace(alone, figures=True)
+  assert experiment.run(drawn, quiet=True)["phases"]
+  figures = {path.name for path in Path(alone.workdir, "figures").iterdir()}
+  assert "training.png" in figures and "trigger.png" not in figures
 
 
 def test_a_sweep_takes_over_what_another_has_trained(folder):

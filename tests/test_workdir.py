@@ -117,6 +117,20 @@ def test_a_run_does_not_go_on_from_a_side_result(tmp_path):
   assert [phase["name"] for phase in progress.phases] == ["fp", "fp+aw"]
 
 
+@pytest.mark.parametrize("phase", ["my_def2.x", "Half-2", "fp+my_def2.x"])
+def test_a_phase_is_called_whatever_a_defence_may_be(tmp_path, phase):
+  with _open(tmp_path) as workdir:
+    _save(workdir, 1.0)
+    _save(workdir, 2.0, phase=phase, complete=True)
+  found = workdirs.read_state(tmp_path, _state(), phase)
+  chex.assert_trees_all_equal(found, _state(2.0))
+  with _open(tmp_path) as workdir:
+    state, progress = workdir.restore(_state())
+    assert progress.phase == phase
+    chex.assert_trees_all_equal(state, _state(2.0))
+    assert _save(workdir, 3.0).name.startswith("0003-")
+
+
 def test_what_a_killed_run_left_half_written_is_ignored(tmp_path):
   with _open(tmp_path) as workdir:
     whole = _save(workdir, 1.0)
