@@ -434,7 +434,8 @@ def make_streamed_block(
       np.asarray(choose(ids, cohort_size, own_key, np.int32(index)))
       for index in range(first, first + int(rounds))
     ]
-    metrics, bad_rounds = _no_round(), []
+    metrics = _no_round()
+    bad_rounds: list[Array] = []
     waiting = federation.cohort(chosen[0]) if chosen else None
     for following in range(1, len(chosen) + 1):
       state, metrics = one_round(state, waiting, key)
