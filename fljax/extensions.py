@@ -366,7 +366,7 @@ def check_parameters(text: str) -> None:
     what = f"--parameters={text}: {part}.{key}"
     defaults = [one[key] for one in known if key in one]
     if not defaults:
-      names = ", ".join(name for one in known for name in one)
+      names = ", ".join(dict.fromkeys(name for one in known for name in one))
       some = f"it has {names}" if names else "it has none"
       raise errors.ConfigError(f"{what} is no parameter of {part}: {some}.")
     for default in defaults:
