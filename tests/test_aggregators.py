@@ -2,6 +2,7 @@ import functools
 
 import chex
 from hypothesis import assume
+from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -284,6 +285,8 @@ def test_flame_leaves_out_who_looks_elsewhere(seed, clients):
   )
 
 
+# Of these, rounding made distances of more than 1e-6 once.
+@example(seed=93, clients=4)
 @given(seed=st.integers(0, 99), clients=st.sampled_from([4, 10, 19]))
 def test_rounding_does_not_tell_like_directions_apart(seed, clients):
   rng = np.random.default_rng(seed)
