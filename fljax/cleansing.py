@@ -400,12 +400,10 @@ class Phases:
     )
     lines: list[dict[str, Any]] = []
 
-    examples = experiment.examples
+    shown = experiment.examples
     # The round that is kept is chosen by it: not where clients decide.
-    examples.pop("validation", None)
-    shown = dict(examples)
-    if shown_every:
-      examples = {}
+    shown.pop("validation", None)
+    examples = {} if shown_every else {**shown}
     if self._deciding is not None:
       examples["validation"] = self._deciding
 

@@ -96,7 +96,7 @@ class _Origin(NamedTuple):
   path: Path | None
   line: int
   parameters: dict[str, bool | int | float | str]
-  reads: tuple[str, ...] = ()
+  reads: tuple[str, ...]
 
 
 # By kind and name.
@@ -182,28 +182,21 @@ def attack(name: str, *, reads: Collection[str] = ()) -> Callable[[Part], Part]:
 
   def guarded(make: Callable[..., Any]) -> Callable[..., Any]:
     return lambda model, config, **options: make(
-      model, _Seen(config, name, reads), **options
+      model, _Seen(config, name), **options
     )
 
-  register = _registering("attack", name, guarded)
-
-  def remember(function: Part) -> Part:
-    register(function)
-    _code["attack", name] = _code["attack", name]._replace(reads=tuple(reads))
-    return function
-
-  return remember
+  return _registering("attack", name, guarded, tuple(reads))
 
 
 class _Seen:
   """The settings, less those of cleansing that an attack does not name."""
 
-  def __init__(self, config: Any, name: str, reads: Collection[str]):
+  def __init__(self, config: Any, name: str):
     self._config, self._name = config, name
     self._hidden = {
       field.name
       for field in dataclasses.fields(config)
-      if field.metadata["cleansing"] and field.name not in reads
+      if field.metadata["cleansing"] and field.name not in reads(name)
     }
 
   def __getattr__(self, key: str) -> Any:
@@ -253,6 +246,7 @@ def _registering(
   kind: str,
   name: str,
   as_value: Callable[[Callable[..., Any]], Any] = lambda function: function,
+  reads: tuple[str, ...] = (),
 ) -> Callable[[Part], Part]:
   def register(function: Part) -> Part:
     @functools.wraps(function)
@@ -265,14 +259,18 @@ def _registering(
         )
       return made
 
-    _register(kind, name, as_value(checked), function)
+    _register(kind, name, as_value(checked), function, reads)
     return function
 
   return register
 
 
 def _register(
-  kind: str, name: str, value: Any, function: Callable[..., Any]
+  kind: str,
+  name: str,
+  value: Any,
+  function: Callable[..., Any],
+  reads: tuple[str, ...],
 ) -> None:
   if not _NAME.fullmatch(name):
     raise errors.ConfigError(
@@ -282,10 +280,10 @@ def _register(
   if name in (*_REGISTRIES[kind], *_BUILT_IN.get(kind, ())):
     raise errors.ConfigError(f"the {kind} {name!r} exists already.")
   _REGISTRIES[kind][name] = value
-  _code[kind, name] = _origin(function)
+  _code[kind, name] = _origin(function, reads)
 
 
-def _origin(function: Callable[..., Any]) -> _Origin:
+def _origin(function: Callable[..., Any], reads: tuple[str, ...]) -> _Origin:
   code = getattr(inspect.unwrap(function), "__code__", None)
   if _loading:
     path: Path | None = _loading[-1]
@@ -297,7 +295,7 @@ def _origin(function: Callable[..., Any]) -> _Origin:
     except (OSError, ValueError):  # Typed in, or no text.
       path = None
   line = code.co_firstlineno if code else 0
-  return _Origin(path, line, _defaults(function))
+  return _Origin(path, line, _defaults(function), reads)
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

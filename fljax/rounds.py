@@ -430,10 +430,12 @@ def make_streamed_block(
     ids, first = federation.clients.ids, int(state.round)
     # Of all rounds, before any of them: a device does one thing after another,
     # and the next choice would wait for the round in progress.
-    chosen = [
-      np.asarray(choose(ids, cohort_size, own_key, np.int32(index)))
-      for index in range(first, first + int(rounds))
-    ]
+    chosen = jax.device_get(
+      [
+        choose(ids, cohort_size, own_key, np.int32(index))
+        for index in range(first, first + int(rounds))
+      ]
+    )
     metrics = _no_round()
     bad_rounds: list[Array] = []
     waiting = federation.cohort(chosen[0]) if chosen else None

@@ -11,7 +11,6 @@ import chex
 import numpy as np
 import PIL.Image
 import pytest
-from tensorflow_datasets.core import read_only_builder
 
 from fljax import data
 from fljax import errors
@@ -385,6 +384,8 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
 
 
 def test_what_tfds_says_is_passed_on_but_for_its_advice(caplog, monkeypatch):
+  from tensorflow_datasets.core import read_only_builder
+
   def read():
     absl_logging.warning("OpenCV is not installed. We recommend using it.")
     absl_logging.warning("something else")

@@ -213,13 +213,7 @@ _KNOWN_COLUMNS = (
 _IN_TUNING: dict[str, dict[str, Any]] = {
   "as in training, γ = 1": {},
   "γ = 10": {"fine_tune_gamma": 10.0},
-  **{
-    f"γ = 10, within {spread:g} σ": {
-      "fine_tune_gamma": 10.0,
-      "fine_tune_stealth": spread,
-    }
-    for spread in (2.0, 1.0, 0.5)
-  },
+  **beyond.HIDING,
 }
 
 
